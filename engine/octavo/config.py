@@ -1,0 +1,114 @@
+"""Configuration: frozen structs, one per owner, filled by the CLI's flags or by `octavo.LLM`'s keywords."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    path: str
+    """Local folder of the checkpoint (a hub id has been resolved by `checkpoint.resolve`)."""
+    name: str
+    """Name under which it is served."""
+    device: str = "auto"
+    """"auto" (CUDA when there is a GPU, else the CPU), "cpu" or "cuda"."""
+    dtype: str = "auto"
+    """"auto" (the checkpoint's; float16 and bfloat16 become bfloat16 on the CPU), "float32", "bfloat16", "float16"."""
+    quantization: str | None = None
+    """None or "int8": dynamic int8 linears, CPU only."""
+    num_threads: int = 0
+    """OpenMP threads of the CPU path; 0: torch's own choice."""
+
+
+class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
+    block_size: int = 32
+    """Tokens per KV block: 16, 32 or 64."""
+    num_blocks: int = 0
+    """Usable KV blocks; 0: as many as fit `memory`."""
+    memory: int = 0
+    """Bytes of the KV-cache; 0: on CUDA what the card has left, on the CPU 1 GiB."""
+    enable_prefix_caching: bool = True
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    max_num_requests: int = 256
+    """Requests (sequences) that may run at once."""
+    max_num_batched_tokens: int = 2048
+    """Tokens computed in one step."""
+    max_chunk_tokens: int = 0
+    """Most tokens that one request's prefill may take of a step; 0: no limit but the budget."""
+    max_model_len: int = 0
+    """Longest total length; 0: n_positions + 1, as in transformers."""
+    watermark: float = 0.01
+    """Part of the pool that admissions leave free, so that admit-then-preempt does not thrash."""
+    max_queue_time: float = 30.0
+    """Seconds in the queue after which a request that never ran fails with QUEUE_TIMEOUT."""
+    pipeline_depth: int = 0
+    """Steps launched before the tokens of the oldest are read, less one. 0 on CPU, 1 on CUDA."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an engine core needs."""
+
+    model: ModelConfig
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits on requests. Names and meanings as in model.proto's Limits; each is a flag of `octavo serve`."""
+
+    max_prompt_bytes: int = 131_072
+    max_prompts: int = 128
+    max_sequences: int = 256
+    max_num_return_sequences: int = 16
+    max_num_beams: int = 8
+    max_logprobs: int = 20
+    max_logprob_token_ids: int = 128
+    max_stop_strings: int = 16
+    max_stop_string_bytes: int = 256
+    max_stop_token_ids: int = 128
+    max_token_list: int = 1024
+    max_token_sequences: int = 128
+    max_token_sequence_length: int = 64
+    max_constraint_bytes: int = 65_536
+    max_tokenize_inputs: int = 128
+    max_receive_message_bytes: int = 1 << 20
+    max_send_message_bytes: int = 4 << 20
+    max_session_requests: int = 512
+    max_queue_time: float = 30.0
+    max_request_duration: float = 300.0
+    # Not on the wire's Limits message: limits of the server as a whole.
+    max_inflight_requests: int = 2048
+    """Sequences in the server, running or waiting; divided among the front-ends."""
+    max_tenant_requests: int = 512
+    """The same for one tenant, when API keys are in use."""
+    max_waiting_tokens: int = 262_144
+    """Prompt tokens waiting for their first step; divided among the front-ends."""
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the front-ends and the supervisor need beyond the engine's configuration."""
+
+    address: str = "127.0.0.1:50051"
+    metrics_address: str = ""
+    """host:port of HTTP /metrics and /healthz; empty: off."""
+    admin_address: str = ""
+    """unix:PATH or host:port of the admin port; empty: a socket in the run directory."""
+    run_directory: str = ""
+    """Folder (mode 0700) of the ipc sockets; empty: a fresh one under XDG_RUNTIME_DIR or the temporary folder."""
+    frontend_processes: int = 1
+    reflection: bool = False
+    health_default: str = "liveness"
+    """What the health service says for the empty name: "liveness" or "readiness"."""
+    drain_delay: float = 0.0
+    drain_timeout: float = 30.0
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    api_keys_file: str = ""
+    insecure_allow_remote: bool = False
+    watchdog: float = 10.0
+    """Seconds a step may take before the supervisor replaces the engine core."""
+    startup_timeout: float = 180.0
+    limits: Limits = Limits()

@@ -1,0 +1,1 @@
+"""Triton kernels of octavo and their torch specification (`reference`). Knows nothing of the engine."""
