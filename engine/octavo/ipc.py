@@ -6,8 +6,10 @@ binds a socket of its own, to which the core pushes `ToFrontend`. One message pe
 Control path, one JSON struct a line over a socketpair between the supervisor and each child: `ToChild`, `FromChild`.
 Its end of file means that the other side is gone.
 
-A sequence is named by (front-end, key); keys are int64, made by the front-end, never reused while it lives. A prompt
-with n sequences has the keys key .. key + n - 1. Times are CLOCK_MONOTONIC seconds, the same in all processes.
+A front-end's number is its index plus `frontend_processes` for each time it was replaced: late messages of a dead one
+are never taken for its successor's. A sequence is named by (front-end, key); keys are int64, made by the front-end,
+never reused while it lives. A prompt with n sequences has the keys key .. key + n - 1. Times are CLOCK_MONOTONIC
+seconds, the same in all processes.
 """
 
 from __future__ import annotations
@@ -176,7 +178,7 @@ class StartCore(msgspec.Struct, frozen=True, tag="start_core"):
 
 
 class FrontendUp(msgspec.Struct, frozen=True, tag="frontend_up"):
-    """To the core: a front-end listens for ToFrontend at this address. Replaces an earlier one of the same index."""
+    """To the core: a front-end listens for ToFrontend at this address."""
 
     frontend: int
     address: str
@@ -240,7 +242,15 @@ class ClusterReply(msgspec.Struct, frozen=True, tag="cluster_reply"):
 
 
 ToChild = (
-    StartCore | FrontendUp | FrontendDown | StartFrontend | EngineUp | EngineDown | Shutdown | FrontendCall | ClusterReply
+    StartCore
+    | FrontendUp
+    | FrontendDown
+    | StartFrontend
+    | EngineUp
+    | EngineDown
+    | Shutdown
+    | FrontendCall
+    | ClusterReply
 )
 
 # --- child -> supervisor ----------------------------------------------------------------------------------------------
@@ -294,9 +304,24 @@ class FrontendReply(msgspec.Struct, frozen=True, tag="frontend_reply"):
     payload: str
 
 
+class FrontendStalled(msgspec.Struct, frozen=True, tag="frontend_stalled"):
+    """From the core: this front-end did not take its messages, so its sequences were aborted; it has to be replaced."""
+
+    frontend: int
+
+
 class StopServer(msgspec.Struct, frozen=True, tag="stop_server"):
     """From a front-end: an operator asked for drain and shutdown."""
 
 
-FromChild = Progress | CoreReady | StartFailed | FrontendReady | Heartbeat | ClusterCall | FrontendReply | StopServer
-
+FromChild = (
+    Progress
+    | CoreReady
+    | StartFailed
+    | FrontendReady
+    | Heartbeat
+    | ClusterCall
+    | FrontendReply
+    | FrontendStalled
+    | StopServer
+)
