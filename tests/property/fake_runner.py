@@ -1,0 +1,314 @@
+"""A model runner without a model, which trusts nobody.
+
+It keeps its own slots from the diffs in `SchedulerOutput`, exactly as step.py describes them, and a paged cache of
+tags (see oracle.py). It works in the order of submission, as a device's stream does; a step's result is handed out
+when asked for, so that steps can be submitted ahead. What breaks the contract of step.py raises `ContractError`; with
+`strict=False` the contents of the cache are not compared, and a mistake there only shows in the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from octavo.errors import Reason
+from octavo.step import Int32s, LogprobRows, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
+from octavo.types import FinishReason
+from property.oracle import MASK, VOCAB_SIZE, WEIGHTS, TagChain, finish_of, make_tag, mix, next_token
+
+
+class ContractError(AssertionError):
+    """The scheduler sent a step that step.py does not allow, or one that reads a wrong block."""
+
+
+def require(condition: object, message: str, *details: object) -> None:
+    if not condition:
+        raise ContractError(" ".join([message, *map(str, details)]))
+
+
+@dataclass
+class Slot:
+    """A request as the worker knows it."""
+
+    request: NewRequest
+    tokens: list[int]
+    chain: TagChain
+    """What the tags of `tokens` must be, computed without the cache."""
+    block_table: Int32s
+    """[max_blocks], 0 where nothing was granted."""
+    num_computed: int
+    finished: FinishReason | None = None
+    """A finished or failed request's rows are muted: they write nothing and answer -1."""
+
+    def expected_tags(self, count: int) -> list[int]:
+        while len(self.chain.tags) < count:
+            self.chain.append(self.tokens[len(self.chain.tags)])
+        return self.chain.tags[:count]
+
+
+@dataclass
+class _Columns:
+    """LogprobRows while it grows."""
+
+    rows: list[int] = field(default_factory=list)
+    chosen: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    top_offsets: list[int] = field(default_factory=lambda: [0])
+    top_token_ids: list[int] = field(default_factory=list)
+    top_values: list[float] = field(default_factory=list)
+    requested_offsets: list[int] = field(default_factory=lambda: [0])
+    requested: list[float] = field(default_factory=list)
+
+    def add(self, row: int, token_id: int, num_top: int, token_ids: list[int]) -> None:
+        """Values that can be checked from the token alone."""
+        self.rows.append(row)
+        self.chosen.append(-float(token_id))
+        self.ranks.append(token_id + 1)
+        self.top_token_ids += [(token_id + i) % VOCAB_SIZE for i in range(num_top)]
+        self.top_values += [-float(i) for i in range(num_top)]
+        self.top_offsets.append(len(self.top_token_ids))
+        self.requested += [float(token_id + other) for other in token_ids]
+        self.requested_offsets.append(len(self.requested))
+
+    def finish(self) -> LogprobRows | None:
+        if not self.rows:
+            return None
+        return LogprobRows(
+            rows=np.array(self.rows, np.int32),
+            chosen=np.array(self.chosen, np.float32),
+            ranks=np.array(self.ranks, np.int32),
+            top_offsets=np.array(self.top_offsets, np.int32),
+            top_token_ids=np.array(self.top_token_ids, np.int32),
+            top_values=np.array(self.top_values, np.float32),
+            requested_offsets=np.array(self.requested_offsets, np.int32),
+            requested=np.array(self.requested, np.float32),
+        )
+
+
+class FakePendingStep:
+    """A submitted step; its result was computed in the order of submission and is read in that order."""
+
+    def __init__(self, runner: FakeRunner, step_id: int, output: ModelRunnerOutput) -> None:
+        self._runner = runner
+        self._step_id = step_id
+        self._output = output
+
+    def result(self) -> ModelRunnerOutput:
+        require(self._runner.unread and self._runner.unread[0] == self._step_id, "results read out of order")
+        self._runner.unread.pop(0)
+        return self._output
+
+
+class FakeRunner:
+    """See the module. Owns `slots` and `cache`; `fail_next` and `domain_of` belong to the test."""
+
+    def __init__(
+        self, *, num_blocks: int, block_size: int, max_num_requests: int, max_model_len: int, strict: bool = True
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.max_num_requests = max_num_requests
+        self.max_blocks = -(-max_model_len // block_size)
+        self.strict = strict
+        self.cache = np.zeros((num_blocks + 1, block_size), np.uint64)
+        self.slots: dict[int, Slot] = {}
+        self.released_groups: set[int] = set()
+        self.unread: list[int] = []
+        """Ids of submitted steps whose results were not read."""
+        self.fail_next: dict[tuple[int, int], Reason] = {}
+        """(seed, row) of sequences whose next row fails."""
+        self.domain_of: Callable[[NewRequest], int] = lambda request: 0
+        """Requests of different domains must never share a block."""
+        self.num_muted_rows = 0
+        self.num_copies = 0
+        self._last_step_id = -1
+        self._poison: dict[int, int] = {}  # tags that a failed row left behind -> its group
+
+    # --- applying the diff --------------------------------------------------------------------------------------------
+
+    def submit(self, step: SchedulerOutput) -> FakePendingStep:
+        require(step.step_id > self._last_step_id, "step ids must grow", step.step_id)
+        self._last_step_id = step.step_id
+        for slot in step.freed_slots:
+            require(slot in self.slots, "freed a slot that holds no request:", slot)
+            del self.slots[slot]
+        self._release_groups(step.released_groups)
+        for request in step.new_requests:
+            self._enter(request)
+        self._grow_tables(step)
+        self._copy_blocks(step.block_copies)
+        output = self._run(step)
+        self.unread.append(step.step_id)
+        return FakePendingStep(self, step.step_id, output)
+
+    def _release_groups(self, groups: list[int]) -> None:
+        for group in groups:
+            require(group not in self.released_groups, "group released twice:", group)
+            require(all(s.request.group_id != group for s in self.slots.values()), "released a living group:", group)
+            self.released_groups.add(group)
+
+    def _enter(self, request: NewRequest) -> None:
+        slot, length, computed = request.slot, len(request.token_ids), request.num_computed_tokens
+        require(slot not in self.slots, "slot is taken:", slot)
+        require(0 <= slot < self.max_num_requests, "no such slot:", slot)
+        require(request.group_id not in self.released_groups, "group comes back after its release:", request.group_id)
+        require(0 <= request.row < request.num_rows, "row out of range")
+        require(0 < request.prompt_len <= length < request.max_total_tokens, "lengths do not fit:", request)
+        require(0 <= computed < length, "nothing left to compute:", computed, length)
+        require(len(request.block_ids) * self.block_size >= computed, "computed tokens without blocks:", request)
+        require(len(request.block_ids) <= self.max_blocks, "block table too long")
+        table = np.zeros(self.max_blocks, np.int32)
+        table[: len(request.block_ids)] = request.block_ids
+        tokens = request.token_ids.tolist()
+        self.slots[slot] = Slot(request, tokens, TagChain(self.domain_of(request)), table, computed)
+
+    def _grow_tables(self, step: SchedulerOutput) -> None:
+        require(len(step.block_slots) == len(step.block_columns) == len(step.block_ids), "ragged block diff")
+        for slot, column, block in zip(
+            step.block_slots.tolist(), step.block_columns.tolist(), step.block_ids.tolist(), strict=True
+        ):
+            require(slot in self.slots, "block for an empty slot:", slot)
+            require(1 <= block <= self.num_blocks, "no such block:", block)
+            require(0 <= column < self.max_blocks, "no such column:", column)
+            table = self.slots[slot].block_table
+            require(column == 0 or table[column - 1], "hole in the block table of slot", slot, "before column", column)
+            table[column] = block
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        sources, destinations = [c[0] for c in copies], [c[1] for c in copies]
+        require(len(set(destinations)) == len(destinations), "two copies to one block:", copies)
+        require(not set(sources) & set(destinations), "copies depend on each other:", copies)
+        for source, destination in copies:
+            require(1 <= source <= self.num_blocks and 1 <= destination <= self.num_blocks, "bad copy:", copies)
+            self.cache[destination] = self.cache[source]
+            self.num_copies += 1
+
+    # --- the rows -----------------------------------------------------------------------------------------------------
+
+    def _run(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        rows = list(zip(step.slots.tolist(), step.num_computed.tolist(), step.num_scheduled.tolist(), strict=True))
+        require(len(step.samples) == len(rows), "ragged rows")
+        require(len({row[0] for row in rows}) == len(rows), "a slot has two rows:", step.slots)
+        require(0 <= step.num_decode_rows <= len(rows), "num_decode_rows")
+        self._check_rows(step, rows)
+        self._check_writers(rows)
+        output = ModelRunnerOutput(np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.uint8))
+        logprobs = _Columns()
+        snapshot = self.cache.copy()
+        for row, (slot_id, start, count) in enumerate(rows):
+            slot = self.slots[slot_id]
+            if slot.finished is not None:
+                self.num_muted_rows += 1
+                continue
+            context = snapshot[slot.block_table[: -(-start // self.block_size)]].reshape(-1)[:start]
+            reason = self._failure(slot, context)
+            if reason is not None:
+                self._write_poison(slot, start, count)
+                output.failed.append((row, reason))
+                slot.finished = FinishReason.ABORTED
+                continue
+            tag = self._compute(slot, context, start, count)
+            self._add_prompt_logprobs(output, slot, row, start, count)
+            if step.samples[row]:
+                self._sample(output, logprobs, slot, row, tag)
+        output.logprobs = logprobs.finish()
+        return output
+
+    def _check_rows(self, step: SchedulerOutput, rows: list[tuple[int, int, int]]) -> None:
+        for row, (slot_id, start, count) in enumerate(rows):
+            require(slot_id in self.slots, "row of an empty slot:", slot_id)
+            require(count >= 1, "empty row:", slot_id)
+            slot = self.slots[slot_id]
+            if row < step.num_decode_rows:
+                require(count == 1 and step.samples[row], "not a decode row:", row)
+            if slot.finished is not None:
+                require(slot.finished != FinishReason.LENGTH, "scheduled past its length:", slot_id)
+                continue
+            length = len(slot.tokens)
+            require(start == slot.num_computed, "row starts at", start, "but slot", slot_id, "is at", slot.num_computed)
+            require(start + count <= length, "row beyond the tokens of slot", slot_id, start, count, length)
+            require(bool(step.samples[row]) == (start + count == length), "samples is wrong in row", row)
+            blocks = slot.block_table[: -(-(start + count) // self.block_size)]
+            require((blocks >= 1).all() and (blocks <= self.num_blocks).all(), "no block for slot", slot_id, blocks)
+            require(len(set(blocks.tolist())) == len(blocks), "a block twice in one table:", slot_id, blocks)
+
+    def _check_writers(self, rows: list[tuple[int, int, int]]) -> None:
+        """A block that one row writes is in no other request's computed part: shared blocks are immutable."""
+        readers: dict[int, set[int]] = {}
+        for slot_id, slot in self.slots.items():
+            for block in slot.block_table[: -(-slot.num_computed // self.block_size)].tolist():
+                readers.setdefault(block, set()).add(slot_id)
+        writers: dict[int, int] = {}
+        for slot_id, start, count in rows:
+            slot = self.slots[slot_id]
+            if slot.finished is not None:
+                continue
+            first, last = start // self.block_size, (start + count - 1) // self.block_size
+            for block in slot.block_table[first : last + 1].tolist():
+                require(block not in writers, "slots", writers.get(block), slot_id, "both write block", block)
+                writers[block] = slot_id
+                others = readers.get(block, set()) - {slot_id}
+                require(not others, "slot", slot_id, "writes block", block, "which is shared with slots", others)
+
+    def _failure(self, slot: Slot, context: np.ndarray) -> Reason | None:
+        """Why the row fails: the test wants it, or it reads what a failed sibling wrote, as NaN would spread."""
+        request = slot.request
+        reason = self.fail_next.pop((request.seed, request.row), None)
+        groups = {self._poison[tag] for tag in context.tolist() if tag in self._poison} if self._poison else set()
+        require(groups <= {request.group_id}, "slot", request.slot, "reads what a failed request of", groups, "wrote")
+        return reason or (Reason.NON_FINITE_LOGITS if groups else None)
+
+    def _write_poison(self, slot: Slot, start: int, count: int) -> None:
+        for position in range(start, start + count):
+            tag = mix(mix(len(self._poison)) ^ 0xBAD)
+            self._poison[tag] = slot.request.group_id
+            self.cache[slot.block_table[position // self.block_size], position % self.block_size] = tag
+
+    def _compute(self, slot: Slot, context: np.ndarray, start: int, count: int) -> int:
+        """Writes the tags of the row's tokens, given those that its block table reads. Returns the last tag."""
+        if self.strict:
+            wrong = np.flatnonzero(context != np.array(slot.expected_tags(start), np.uint64))
+            require(not wrong.size, "stale cache: slot", slot.request.slot, "positions", wrong, slot.block_table)
+        total = int((context * WEIGHTS[:start]).sum())
+        tag = 0
+        for position in range(start, start + count):
+            tag = make_tag(slot.chain.domain, slot.tokens[position], position, total)
+            total = (total + tag * (2 * position + 1)) & MASK
+            self.cache[slot.block_table[position // self.block_size], position % self.block_size] = tag
+        slot.num_computed = start + count
+        return tag
+
+    def _sample(self, output: ModelRunnerOutput, logprobs: _Columns, slot: Slot, row: int, tag: int) -> None:
+        request = slot.request
+        token_id = next_token(tag, request.seed, request.row)
+        slot.tokens.append(token_id)
+        finish = finish_of(
+            token_id, len(slot.tokens), request.max_total_tokens, request.eos_token_ids, request.stop_token_ids
+        )
+        output.token_ids[row] = token_id
+        output.finish[row] = finish
+        if finish:
+            slot.finished = finish
+        if request.logprobs is not None:
+            logprobs.add(row, token_id, request.logprobs.num_top, request.logprobs.token_ids)
+
+    def _add_prompt_logprobs(self, output: ModelRunnerOutput, slot: Slot, row: int, start: int, count: int) -> None:
+        """The row's position i gives the values of prompt token i + 1."""
+        request = slot.request
+        first, end = start + 1, min(start + count, request.prompt_len - 1) + 1
+        if request.prompt_logprobs is None or first >= end:
+            return
+        tokens = np.array(slot.tokens[first:end], np.int32)
+        top = np.tile(tokens[:, None], (1, request.prompt_logprobs))
+        output.prompt_logprobs.append(
+            PromptLogprobs(
+                row=row,
+                start=first,
+                num_top=request.prompt_logprobs,
+                chosen=-tokens.astype(np.float32),
+                ranks=tokens + 1,
+                top_token_ids=top,
+                top_values=-top.astype(np.float32),
+            )
+        )
