@@ -16,7 +16,14 @@ from octavo.errors import StartupError
 
 DEMO = "demo"
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
-TEXT_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+TEXT_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+]
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,7 +84,8 @@ def read_spec(path: Path) -> ModelSpec:
     architectures = raw.get("architectures") or ["GPT2LMHeadModel"]
     if raw.get("model_type", "gpt2") != "gpt2" or "GPT2LMHeadModel" not in architectures:
         raise StartupError(
-            StartupError.CHECKPOINT, f"config.json: octavo serves GPT2LMHeadModel, this is {raw.get('model_type')} {architectures}"
+            StartupError.CHECKPOINT,
+            f"config.json: octavo serves GPT2LMHeadModel, this is {raw.get('model_type')} {architectures}",
         )
     try:
         spec = msgspec.convert(raw, ModelSpec)
@@ -96,7 +104,11 @@ def read_generation_config(path: Path) -> dict[str, Any]:
     raw = _read_json(path / "generation_config.json", required=False)
     if raw is None:
         model_config = _read_json(path / "config.json", required=True) or {}
-        raw = {name: model_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in model_config}
+        raw = {
+            name: model_config[name]
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if name in model_config
+        }
     return {name: value for name, value in raw.items() if value is not None and not name.startswith("_")}
 
 
@@ -108,7 +120,9 @@ def _read_json(path: Path, required: bool) -> Any:
             return None
         raise StartupError(StartupError.CHECKPOINT, f"{path.name}: missing in {path.parent}") from None
     except (OSError, ValueError) as error:
-        raise StartupError(StartupError.CHECKPOINT, f"{path.name}: not readable as JSON ({type(error).__name__})") from error
+        raise StartupError(
+            StartupError.CHECKPOINT, f"{path.name}: not readable as JSON ({type(error).__name__})"
+        ) from error
     if not isinstance(value, dict):
         raise StartupError(StartupError.CHECKPOINT, f"{path.name}: not a JSON object")
     return value

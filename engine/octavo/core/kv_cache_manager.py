@@ -1,0 +1,128 @@
+"""Block tables of the running requests, by slot: growing, forking, freeing them, and the prefix cache's side of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from octavo.core.block_pool import NULL_BLOCK, BlockPool
+from octavo.core.request import Request
+from octavo.step import Int32s
+
+
+class KVCacheManager:
+    """Owns `block_table` and `num_blocks`, both indexed by slot.
+
+    Only full blocks are shared, and a shared block is never written; a fork copies the last, partial one.
+    """
+
+    def __init__(
+        self, pool: BlockPool, *, block_size: int, max_num_requests: int, max_model_len: int, watermark: float
+    ) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.watermark_blocks = int(watermark * pool.num_blocks)
+        """Blocks that admissions leave free."""
+        max_blocks = self.blocks_for(max_model_len)
+        self.block_table: Int32s = np.full((max_num_requests, max_blocks), NULL_BLOCK, np.int32)
+        self.num_blocks: Int32s = np.zeros(max_num_requests, np.int32)
+        self.num_indexed: Int32s = np.zeros(max_num_requests, np.int32)
+        """Leading blocks of the slot that the prefix cache knows."""
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def blocks_of(self, slot: int) -> list[int]:
+        blocks: list[int] = self.block_table[slot, : self.num_blocks[slot]].tolist()
+        return blocks
+
+    def find_prefix(self, request: Request) -> list[int]:
+        """Blocks that hold the request's leading tokens already. Its last token is always left to be computed."""
+        if request.spec.bypass_prefix_cache or not self.pool.enable_prefix_caching:
+            return []
+        if request.spec.prompt_logprobs is not None:
+            return []  # every position's logits are wanted
+        found = []
+        for block_hash in request.hashes(
+            request.token_ids, (request.num_tokens - 1) // self.block_size, self.block_size
+        ):
+            block = self.pool.lookup(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def can_admit(self, shared: Iterable[int], num_tokens: int, keep_watermark: bool) -> bool:
+        """Whether a request of `num_tokens` that shares these blocks fits as a whole."""
+        shared = list(shared)
+        taken = self.blocks_for(num_tokens) - len(shared) + sum(map(self.pool.is_unowned, shared))
+        return taken + (self.watermark_blocks if keep_watermark else 0) <= self.pool.num_free
+
+    def admit(self, slot: int, shared: list[int]) -> None:
+        """Starts the slot's table with a share in these blocks."""
+        assert self.num_blocks[slot] == 0, f"slot {slot} has blocks"
+        self.pool.acquire(shared)
+        self.block_table[slot, : len(shared)] = shared
+        self.num_blocks[slot] = len(shared)
+        self.num_indexed[slot] = len(shared)
+
+    def allocate_slots(self, slot: int, num_tokens: int) -> list[int] | None:
+        """Makes room for `num_tokens` in all; the blocks added, or None (nothing has changed): preempt someone."""
+        have = int(self.num_blocks[slot])
+        missing = self.blocks_for(num_tokens) - have
+        if missing <= 0:
+            return []
+        blocks = self.pool.allocate(missing)
+        if blocks is not None:
+            self.block_table[slot, have : have + missing] = blocks
+            self.num_blocks[slot] = have + missing
+        return blocks
+
+    def fork(self, slot: int, blocks: list[int], num_tokens: int) -> list[tuple[int, int]] | None:
+        """Starts the slot's table with the first `num_tokens` of a sequence that lies in `blocks`.
+
+        Full blocks are shared; a partial last one is copied, into room for at least one token more.
+
+        Returns:
+            (source, destination) blocks to copy, or None: no block is free, and nothing has changed.
+        """
+        num_full = num_tokens // self.block_size
+        own = self.pool.allocate(1)
+        if own is None:
+            return None
+        self.admit(slot, blocks[:num_full])
+        self.block_table[slot, num_full] = own[0]
+        self.num_blocks[slot] = num_full + 1
+        return [(blocks[num_full], own[0])] if num_tokens % self.block_size else []
+
+    def index(self, slot: int, request: Request, token_ids: Int32s, num_computed: int) -> None:
+        """Enters blocks that have become full of known, computed tokens into the prefix cache."""
+        if request.spec.bypass_prefix_cache or not self.pool.enable_prefix_caching:
+            return
+        first, count = int(self.num_indexed[slot]), num_computed // self.block_size
+        hashes = request.hashes(token_ids, count, self.block_size)
+        for column in range(first, count):
+            self.pool.insert(int(self.block_table[slot, column]), hashes[column])
+        self.num_indexed[slot] = count
+
+    def forget(self, slot: int) -> None:
+        """Blocks that only this slot owns leave the prefix cache: their content is not to be trusted."""
+        self.pool.forget(block for block in self.blocks_of(slot) if self.pool.ref_counts[block] == 1)
+        self.num_indexed[slot] = self.num_blocks[slot]  # and none enters it
+
+    def free(self, slot: int) -> None:
+        """Gives the slot's blocks back."""
+        blocks = self.blocks_of(slot)
+        self.pool.release(blocks)
+        self.block_table[slot, : len(blocks)] = NULL_BLOCK
+        self.num_blocks[slot] = 0
+        self.num_indexed[slot] = 0
+
+    def owners(self, slots: Iterable[int]) -> Counter[int]:
+        """How many of these slots' tables name each block."""
+        owners: Counter[int] = Counter()
+        for slot in slots:
+            owners.update(self.blocks_of(slot))
+        return owners

@@ -1,0 +1,105 @@
+"""The running requests as a structure of arrays indexed by slot: what a steady decode step touches is numpy only."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.core.request import Request
+from octavo.step import Bools, Int32s
+
+
+class RunningBatch:
+    """Counters and tokens by slot. Owned by the scheduler.
+
+    The counters run ahead of what is known: launching a row moves `num_computed`, and `num_tokens` too when the row
+    samples, so that the next step can be scheduled before the token is there; `num_known` follows in `update`.
+    """
+
+    def __init__(self, max_num_requests: int, max_model_len: int) -> None:
+        size = max_num_requests
+        self.requests: list[Request | None] = [None] * size
+        self.token_ids: Int32s = np.zeros((size, max_model_len), np.int32)
+        self.num_tokens: Int32s = np.zeros(size, np.int32)
+        """Tokens known or launched."""
+        self.num_known: Int32s = np.zeros(size, np.int32)
+        self.num_computed: Int32s = np.zeros(size, np.int32)
+        """Tokens whose keys and values are in the cache, or will be when what is launched is done."""
+        self.max_total: Int32s = np.zeros(size, np.int32)
+        self.in_flight: Int32s = np.zeros(size, np.int32)
+        """Launched steps that contain the slot."""
+        self.live: Bools = np.zeros(size, np.bool_)
+        """Still wants tokens; false once it ended."""
+        self.frontend: Int32s = np.zeros(size, np.int32)
+        self.key: npt.NDArray[np.int64] = np.zeros(size, np.int64)
+        self.end_time: npt.NDArray[np.float64] = np.full(size, np.inf)
+        """When max_time is over."""
+        self.length_is_context: Bools = np.zeros(size, np.bool_)
+        self._free_slots = list(range(size - 1, -1, -1))
+        self._running: dict[int, None] = {}  # slots that may be scheduled, in order of admission
+        self._order: Int32s | None = None
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def order(self) -> Int32s:
+        """[N] slots that may be scheduled, in order of admission."""
+        if self._order is None:
+            self._order = np.fromiter(self._running, np.int32, len(self._running))
+        return self._order
+
+    def occupied_slots(self) -> list[int]:
+        return [slot for slot, request in enumerate(self.requests) if request is not None]
+
+    def request_at(self, slot: int) -> Request:
+        request = self.requests[slot]
+        assert request is not None, f"slot {slot} is empty"
+        return request
+
+    def add(self, request: Request, num_computed: int) -> int:
+        """Gives the request a slot, which becomes the last in order."""
+        slot = self._free_slots.pop()
+        spec, length = request.spec, request.num_tokens
+        self.requests[slot] = request
+        self.token_ids[slot, :length] = request.token_ids
+        self.num_tokens[slot] = self.num_known[slot] = length
+        self.num_computed[slot] = num_computed
+        self.max_total[slot] = spec.max_total_tokens
+        self.in_flight[slot] = 0
+        self.live[slot] = True
+        self.frontend[slot] = request.frontend
+        self.key[slot] = request.key
+        self.length_is_context[slot] = spec.length_is_context
+        request.slot = slot
+        self._running[slot] = None
+        self._order = None
+        return slot
+
+    def stop(self, slot: int) -> None:
+        """The slot is not scheduled any more; it stays occupied until `remove`."""
+        if self._running.pop(slot, -1) is None:
+            self._order = None
+
+    def is_running(self, slot: int) -> bool:
+        return slot in self._running
+
+    def remove(self, slot: int) -> None:
+        """Empties the slot. No launched step may contain it."""
+        assert self.in_flight[slot] == 0, f"slot {slot} is in flight"
+        self.stop(slot)
+        self.request_at(slot).slot = -1
+        self.requests[slot] = None
+        self.live[slot] = False
+        self.end_time[slot] = np.inf
+        self._free_slots.append(slot)
+
+    def known_tokens(self, slot: int) -> Int32s:
+        """A copy of prompt and output so far."""
+        tokens: Int32s = self.token_ids[slot, : self.num_known[slot]].copy()
+        return tokens

@@ -1,0 +1,579 @@
+"""Continuous batching: which requests take part in the next step, with how many tokens, in which blocks.
+
+There is no prefill phase and no decode phase. A request has `num_tokens`, and `num_computed`, which catches up with it;
+each step gives it some tokens. Prefill, chunking, prefix-cache hits, forks and resuming after a preemption are all
+arithmetic on these two counters.
+
+Policy. Running requests come before waiting ones. Waiting ones are admitted by rank (priority, then order of arrival)
+as long as each fits as a whole, and the first that does not fit closes the door. When a running request needs a block
+and none is left, the one of the worst rank is preempted: it loses its blocks and later computes its tokens anew; a step
+that preempted admits nobody.
+
+`schedule()` may be called for step N+1 before `update()` for step N: counters run ahead (see RunningBatch). Slots and
+blocks of a request that ended or was preempted return when no launched step contains it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from octavo.config import CacheConfig, SchedulerConfig
+from octavo.core.block_pool import BlockPool
+from octavo.core.kv_cache_manager import KVCacheManager
+from octavo.core.load_meter import LoadMeter
+from octavo.core.outputs import Events, StepTokens, prompt_logprob_columns
+from octavo.core.request import Group, Request, RequestStatus
+from octavo.core.running_batch import RunningBatch
+from octavo.core.waiting_queue import Timers, WaitingQueue
+from octavo.errors import Reason
+from octavo.ipc import EngineCoreOutputs, EngineCoreRequest, PromptStarted
+from octavo.step import Int32s, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
+from octavo.types import EngineLoad, FinishReason
+
+_NONE: Int32s = np.empty(0, np.int32)
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step while it is being decided."""
+
+    budget: int
+    """Tokens left."""
+    decode: Int32s = field(default_factory=lambda: _NONE)
+    """Running slots with one token to compute, which samples."""
+    prefill: list[tuple[int, int]] = field(default_factory=list)
+    """(slot, tokens) of running slots that catch up."""
+    admitted: list[tuple[int, int]] = field(default_factory=list)
+    """(slot, tokens) of requests that enter."""
+    grown: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    """(slot, first column, blocks) added to tables of running slots."""
+    stalled: set[int] = field(default_factory=set)
+    """Running slots that wait for blocks of a victim that is still in flight."""
+    preempted: bool = False
+    promised_blocks: int = 0
+    """Of those that victims in flight will give back."""
+    new_requests: list[NewRequest] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns all requests of an engine core, their slots and their blocks."""
+
+    def __init__(self, config: SchedulerConfig, cache: CacheConfig, *, num_blocks: int, max_model_len: int) -> None:
+        if config.max_num_batched_tokens < config.max_num_requests:
+            raise ValueError(
+                f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least max_num_requests "
+                f"({config.max_num_requests}), so that every running request can decode in every step"
+            )
+        self.config = config
+        self.pool = BlockPool(num_blocks, cache.enable_prefix_caching)
+        self.kv = KVCacheManager(
+            self.pool,
+            block_size=cache.block_size,
+            max_num_requests=config.max_num_requests,
+            max_model_len=max_model_len,
+            watermark=config.watermark,
+        )
+        self.batch = RunningBatch(config.max_num_requests, max_model_len)
+        self.meter = LoadMeter()
+        self._waiting = WaitingQueue()
+        self._deadlines, self._queue_timeouts, self._time_limits = Timers(), Timers(), Timers()
+        self._requests: dict[tuple[int, int], Request] = {}
+        self._holding: dict[int, Group] = {}  # groups with held_blocks
+        self._evicting: dict[int, None] = {}  # slots preempted while in flight
+        self._events = Events()
+        self._freed_slots: list[int] = []
+        self._released_groups: list[int] = []
+        self._num_in_flight = 0
+        self._step_ids, self._group_ids, self._arrivals = itertools.count(1), itertools.count(1), itertools.count(1)
+
+    # --- requests come and go -----------------------------------------------------------------------------------------
+
+    def add(self, frontend: int, requests: list[EngineCoreRequest]) -> None:
+        """Queues the prompts of one client request. One that could never fit fails with REQUEST_TOO_LARGE."""
+        for spec in requests:
+            self._add_group(frontend, Group(next(self._group_ids), spec))
+
+    def _add_group(self, frontend: int, group: Group) -> None:
+        spec = group.spec
+        members = [Request(frontend, group, row, next(self._arrivals)) for row in range(spec.num_sequences)]
+        if self.kv.blocks_for(spec.max_total_tokens - 1) > self.pool.num_blocks:
+            for member in members:
+                self._events.fail(frontend, member.key, Reason.REQUEST_TOO_LARGE)
+            return
+        for member in members:
+            assert (frontend, member.key) not in self._requests, "a key is used twice"
+            self._requests[frontend, member.key] = member
+            if spec.deadline is not None:
+                self._deadlines.add(spec.deadline, member)
+        self._queue_timeouts.add(spec.arrival_time + self.config.max_queue_time, members[0])
+        self._hold(group, members[1:])
+        self._waiting.add(members[0])
+
+    def _hold(self, group: Group, members: list[Request]) -> None:
+        for member in members:
+            member.status = RequestStatus.HELD
+        group.held_members = members
+
+    def abort(self, frontend: int, keys: Iterable[int]) -> None:
+        """Ends sequences without an answer; unknown keys are fine. Their blocks are free before the next schedule(),
+        or when the step in flight is done."""
+        for key in keys:
+            request = self._requests.get((frontend, key))
+            if request is not None:
+                self._end(request)
+
+    def abort_frontend(self, frontend: int) -> None:
+        """Ends everything of a front-end that is gone."""
+        self.abort(frontend, [key for owner, key in self._requests if owner == frontend])
+        self._events.drop(frontend)
+
+    def _end(self, request: Request, *, forget: bool = False) -> None:
+        """The request's terminal event is out, or nobody waits for one: gives up all that it has."""
+        group = request.group
+        if request.status is RequestStatus.HELD:
+            group.held_members.remove(request)
+        elif group.held_members:  # it was to compute the prompt
+            self._waiting.add(group.held_members.pop(0))
+        request.status = RequestStatus.ENDED
+        del self._requests[request.frontend, request.key]
+        self._note_fork(request)
+        if request.slot >= 0:
+            self.batch.live[request.slot] = False
+            self.batch.stop(request.slot)
+            if forget:
+                self.kv.forget(request.slot)
+            if not self.batch.in_flight[request.slot]:
+                self._vacate(request.slot)
+        group.num_alive -= 1
+        if not group.num_alive:
+            self._released_groups.append(group.group_id)
+
+    def _end_reported(self, request: Request, *, forget: bool = False) -> None:
+        """Ends a request whose terminal event goes to its front-end."""
+        if request.num_preemptions:
+            self._events.of(request.frontend).preempted.append((request.key, request.num_preemptions))
+        self._end(request, forget=forget)
+
+    def _vacate(self, slot: int) -> None:
+        self._evicting.pop(slot, None)
+        self.kv.free(slot)
+        self.batch.remove(slot)
+        self._freed_slots.append(slot)
+
+    # --- clocks -------------------------------------------------------------------------------------------------------
+
+    def _expire(self, now: float) -> None:
+        for request in self._deadlines.due(now):
+            if request.status is not RequestStatus.ENDED:
+                client = request.spec.deadline_is_client
+                self._fail(request, Reason.CLIENT_DEADLINE if client else Reason.SERVER_MAX_DURATION)
+        for request in self._queue_timeouts.due(now):
+            group = request.group
+            if group.start_time is None:
+                for member in self._members(group, request.frontend):
+                    self._fail(member, Reason.QUEUE_TIMEOUT)
+        for request in self._time_limits.due(now):
+            # One that runs is seen to in update(), with its next token.
+            if request.status is RequestStatus.WAITING and request.num_tokens > len(request.group.prompt):
+                self._events.of(request.frontend).ended_waiting.append((request.key, FinishReason.TIME))
+                self._end_reported(request)
+
+    def _members(self, group: Group, frontend: int) -> list[Request]:
+        first = group.spec.key
+        found = (self._requests.get((frontend, first + row)) for row in range(group.spec.num_sequences))
+        return [member for member in found if member is not None]
+
+    def _fail(self, request: Request, reason: Reason, *, forget: bool = False) -> None:
+        self._events.fail(request.frontend, request.key, reason)
+        self._end_reported(request, forget=forget)
+
+    # --- scheduling ---------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests) or self._num_in_flight > 0 or self._events.pending
+
+    def schedule(self, now: float) -> SchedulerOutput | None:
+        """Decides and accounts for the next step; None when nothing can run (now, or before an update())."""
+        self._expire(now)
+        plan = _Plan(budget=self.config.max_num_batched_tokens)
+        self._schedule_running(plan)
+        if not plan.preempted:
+            self._schedule_waiting(plan, now)
+        if not (len(plan.decode) or plan.prefill or plan.admitted):
+            return None
+        return self._launch(plan, now)
+
+    def _schedule_running(self, plan: _Plan) -> None:
+        batch = self.batch
+        order = batch.order
+        if not len(order):
+            return
+        order = order[batch.num_tokens[order] < batch.max_total[order]]  # else its last token is in flight
+        computed = batch.num_computed[order]
+        remaining = batch.num_tokens[order] - computed
+        decodes = remaining == 1
+        plan.decode = order[decodes]
+        plan.budget -= len(plan.decode)
+        full = computed >= self.kv.num_blocks[order] * self.kv.block_size
+        for slot in order[decodes & full].tolist():
+            self._grow(plan, slot, int(batch.num_computed[slot]) + 1)
+        if not decodes.all():
+            for slot, missing in zip(order[~decodes].tolist(), remaining[~decodes].tolist(), strict=True):
+                self._schedule_prefill(plan, slot, missing)
+        if plan.preempted or plan.stalled:
+            plan.decode = np.array([s for s in plan.decode.tolist() if self._may_run(plan, s)], np.int32)
+            plan.prefill = [(s, n) for s, n in plan.prefill if self._may_run(plan, s)]
+            plan.grown = [entry for entry in plan.grown if batch.is_running(entry[0])]
+
+    def _may_run(self, plan: _Plan, slot: int) -> bool:
+        return self.batch.is_running(slot) and slot not in plan.stalled
+
+    def _schedule_prefill(self, plan: _Plan, slot: int, missing: int) -> None:
+        count = min(missing, plan.budget, self.config.max_chunk_tokens or missing)
+        if count and self.batch.is_running(slot) and self._grow(plan, slot, int(self.batch.num_computed[slot]) + count):
+            plan.prefill.append((slot, count))
+            plan.budget -= count
+
+    def _grow(self, plan: _Plan, slot: int, num_tokens: int) -> bool:
+        """Room for `num_tokens` in a running slot, at the expense of requests of worse rank."""
+        while self.batch.is_running(slot):
+            have = int(self.kv.num_blocks[slot])
+            blocks = self.kv.allocate_slots(slot, num_tokens)
+            if blocks is not None:
+                if blocks:
+                    plan.grown.append((slot, have, blocks))
+                return True
+            if not self._relieve(plan, self.kv.blocks_for(num_tokens) - have):
+                plan.stalled.add(slot)
+                return False
+        return False
+
+    def _relieve(self, plan: _Plan, num_blocks: int) -> bool:
+        """Makes blocks available: now (True), or with the update() of a step in flight (False)."""
+        if self._holding:
+            self._drop_hold(next(iter(self._holding.values())))
+            return True
+        coming = sum(int(self.kv.num_blocks[slot]) for slot in self._evicting) - plan.promised_blocks
+        if coming >= num_blocks:
+            plan.promised_blocks += num_blocks
+            return False
+        victim = max((self.batch.request_at(slot) for slot in self.batch.order.tolist()), key=lambda r: r.rank)
+        self._preempt(plan, victim)
+        return True
+
+    def _preempt(self, plan: _Plan, request: Request) -> None:
+        plan.preempted = True
+        request.num_preemptions += 1
+        self.meter.total.preemptions += 1
+        self.batch.stop(request.slot)
+        if self.batch.in_flight[request.slot]:
+            self._evicting[request.slot] = None
+        else:
+            self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
+        request.token_ids = self.batch.known_tokens(request.slot)
+        self._vacate(request.slot)
+        self._waiting.add(request)
+
+    def _schedule_waiting(self, plan: _Plan, now: float) -> None:
+        while plan.budget > 0 and self.batch.num_free_slots:
+            request = self._waiting.peek()
+            if request is None or not self._admit(plan, request, now):
+                return
+
+    def _admit(self, plan: _Plan, request: Request, now: float) -> bool:
+        group = request.group
+        fork = request.forks and bool(group.held_blocks)
+        if fork:
+            num_cached = request.num_tokens - 1
+            shared = group.held_blocks[: num_cached // self.kv.block_size]
+        else:
+            shared = self.kv.find_prefix(request)
+            num_cached = len(shared) * self.kv.block_size
+        if not self.kv.can_admit(shared, request.num_tokens, keep_watermark=self.batch.num_running > 0):
+            if self.batch.num_running or not self._holding:
+                return False
+            self._drop_hold(next(iter(self._holding.values())))
+            return True  # look again
+        self._waiting.pop()
+        slot = self.batch.add(request, num_cached)
+        request.status = RequestStatus.RUNNING
+        if fork:
+            copies = self.kv.fork(slot, group.held_blocks, num_cached)
+            assert copies is not None
+            plan.copies += copies
+        else:
+            self.kv.admit(slot, shared)
+        missing = request.num_tokens - num_cached
+        count = min(missing, plan.budget, self.config.max_chunk_tokens or missing)
+        blocks = self.kv.allocate_slots(slot, num_cached + count)
+        assert blocks is not None
+        plan.admitted.append((slot, count))
+        plan.budget -= count
+        self._note_admission(request, num_cached, now)
+        plan.new_requests.append(self._new_request(request, num_cached))
+        self._note_fork(request)
+        return True
+
+    def _note_admission(self, request: Request, num_cached: int, now: float) -> None:
+        group, spec = request.group, request.spec
+        if group.start_time is None:
+            group.start_time = now
+            request.cached_tokens = num_cached
+            self.meter.total.cache_queries += request.num_tokens
+            self.meter.total.cache_hits += num_cached
+        if spec.params.max_time is not None:
+            self.batch.end_time[request.slot] = group.start_time + spec.params.max_time
+            if request.num_tokens == len(group.prompt):
+                self._time_limits.add(group.start_time + spec.params.max_time, request)
+
+    def _new_request(self, request: Request, num_computed: int) -> NewRequest:
+        group, spec = request.group, request.spec
+        wants_prompt = spec.prompt_logprobs is not None and group.num_prompt_logprobs < len(group.prompt) - 1
+        return NewRequest(
+            slot=request.slot,
+            group_id=group.group_id,
+            row=request.row,
+            num_rows=spec.num_sequences,
+            token_ids=request.token_ids,
+            prompt_len=len(group.prompt),
+            num_computed_tokens=num_computed,
+            block_ids=self.kv.block_table[request.slot, : self.kv.num_blocks[request.slot]].copy(),
+            params=spec.params,
+            max_total_tokens=spec.max_total_tokens,
+            eos_token_ids=tuple(spec.eos_token_ids),
+            stop_token_ids=tuple(spec.stop_token_ids),
+            seed=spec.seed,
+            logprobs=spec.logprobs,
+            prompt_logprobs=spec.prompt_logprobs if wants_prompt else None,
+        )
+
+    def _launch(self, plan: _Plan, now: float) -> SchedulerOutput:
+        """Turns the plan into arrays and moves the counters past it."""
+        batch = self.batch
+        single = [
+            slot
+            for slot, count in plan.admitted
+            if count == 1 and batch.num_tokens[slot] - batch.num_computed[slot] == 1
+        ]
+        singles = set(single)
+        several = plan.prefill + [(slot, count) for slot, count in plan.admitted if slot not in singles]
+        num_decode_rows = len(plan.decode) + len(single)
+        if single or several:
+            slots = np.concatenate([plan.decode, np.array(single + [slot for slot, _ in several], np.int32)])
+            scheduled = np.ones(len(slots), np.int32)
+            scheduled[num_decode_rows:] = [count for _, count in several]
+        else:
+            slots, scheduled = plan.decode, np.ones(len(plan.decode), np.int32)
+        computed = batch.num_computed[slots]
+        reached = computed + scheduled
+        samples = reached == batch.num_tokens[slots]
+        batch.num_computed[slots] = reached
+        batch.num_tokens[slots] += samples
+        batch.in_flight[slots] += 1
+        self._num_in_flight += 1
+        step = SchedulerOutput(next(self._step_ids), slots, computed, scheduled, samples, num_decode_rows)
+        self._attach_changes(step, plan)
+        for slot, _ in plan.prefill + plan.admitted:
+            self._release_members(batch.request_at(slot))
+        self.meter.total.prompt_tokens += sum(count for _, count in several) + len(single)
+        self.meter.tick(now)
+        return step
+
+    def _attach_changes(self, step: SchedulerOutput, plan: _Plan) -> None:
+        step.freed_slots, self._freed_slots = self._freed_slots, []
+        step.released_groups, self._released_groups = self._released_groups, []
+        step.new_requests = plan.new_requests
+        step.block_copies = plan.copies
+        if plan.grown:
+            step.block_slots = np.array([slot for slot, _, blocks in plan.grown for _ in blocks], np.int32)
+            step.block_columns = np.array(
+                [first + i for _, first, blocks in plan.grown for i in range(len(blocks))], np.int32
+            )
+            step.block_ids = np.array([block for _, _, blocks in plan.grown for block in blocks], np.int32)
+
+    # --- sharing a prompt ---------------------------------------------------------------------------------------------
+
+    def _release_members(self, request: Request) -> None:
+        """When the last chunk of a group's prompt is launched, its other sequences may fork from it."""
+        group = request.group
+        if not group.held_members or self.batch.num_computed[request.slot] < len(group.prompt):
+            return
+        blocks = self.kv.blocks_of(request.slot)[: self.kv.blocks_for(len(group.prompt) - 1)]
+        self.pool.acquire(blocks)
+        group.held_blocks = blocks
+        if blocks:
+            self._holding[group.group_id] = group
+        members, group.held_members = group.held_members, []
+        group.num_unforked = len(members)
+        for member in members:
+            member.forks = True
+            self._waiting.add(member)
+
+    def _drop_hold(self, group: Group) -> None:
+        """Sequences that have not forked yet will find the prompt in the prefix cache, or compute it."""
+        blocks, group.held_blocks = group.held_blocks, []
+        self.pool.release(blocks)
+        del self._holding[group.group_id]
+
+    def _note_fork(self, request: Request) -> None:
+        """The request has forked, or never will."""
+        if request.forks:
+            request.forks = False
+            request.group.num_unforked -= 1
+            if not request.group.num_unforked and request.group.held_blocks:
+                self._drop_hold(request.group)
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def update(self, step: SchedulerOutput, output: ModelRunnerOutput, now: float) -> dict[int, EngineCoreOutputs]:
+        """Takes the results of a launched step, in launch order: appends tokens, ends requests, returns blocks."""
+        batch, slots = self.batch, step.slots
+        batch.in_flight[slots] -= 1
+        self._num_in_flight -= 1
+        for row, reason in output.failed:
+            if batch.live[slots[row]]:
+                self._fail(batch.request_at(int(slots[row])), reason, forget=True)
+        rows = np.flatnonzero(step.samples & (output.token_ids >= 0) & batch.live[slots]).astype(np.int32)
+        tokens = self._append_tokens(step, output, rows, now)
+        if step.num_decode_rows < step.num_rows or step.new_requests:
+            self._announce(step, rows)
+        for values in output.prompt_logprobs:
+            if batch.live[slots[values.row]]:
+                self._send_prompt_logprobs(batch.request_at(int(slots[values.row])), values)
+        self._index_full_blocks(step)
+        for row in rows[tokens.finish != 0].tolist():
+            self._end_reported(batch.request_at(int(slots[row])))
+        self._vacate_landed(slots)
+        self.meter.total.generation_tokens += len(rows)
+        return self._events.take(step.step_id, tokens)
+
+    def _append_tokens(self, step: SchedulerOutput, output: ModelRunnerOutput, rows: Int32s, now: float) -> StepTokens:
+        batch, slots = self.batch, step.slots[rows]
+        token_ids, finish = output.token_ids[rows], output.finish[rows]
+        batch.token_ids[slots, batch.num_known[slots]] = token_ids
+        batch.num_known[slots] += 1
+        finish[(finish == FinishReason.LENGTH) & batch.length_is_context[slots]] = FinishReason.CONTEXT
+        finish[(finish == 0) & (batch.end_time[slots] <= now)] = FinishReason.TIME
+        return StepTokens(rows, batch.frontend[slots], batch.key[slots], token_ids, finish, output.logprobs)
+
+    def _index_full_blocks(self, step: SchedulerOutput) -> None:
+        """Blocks filled by this step hold tokens that are known by now."""
+        if not self.pool.enable_prefix_caching:
+            return
+        slots = step.slots
+        reached = (step.num_computed + step.num_scheduled) // self.kv.block_size
+        for row in np.flatnonzero((reached > self.kv.num_indexed[slots]) & self.batch.live[slots]).tolist():
+            slot = int(slots[row])
+            computed = int(step.num_computed[row] + step.num_scheduled[row])
+            self.kv.index(slot, self.batch.request_at(slot), self.batch.token_ids[slot], computed)
+
+    def _announce(self, step: SchedulerOutput, rows: Int32s) -> None:
+        """Tells the front-ends of prompts whose first token is here."""
+        entered = {new.slot for new in step.new_requests}
+        for row in rows.tolist():
+            slot = int(step.slots[row])
+            if row < step.num_decode_rows and slot not in entered:
+                continue
+            request = self.batch.request_at(slot)
+            group = request.group
+            if not group.announced:
+                group.announced = True
+                assert group.start_time is not None
+                self._events.of(request.frontend).started.append(
+                    PromptStarted(group.spec.key, group.start_time, request.cached_tokens)
+                )
+
+    def _send_prompt_logprobs(self, request: Request, values: PromptLogprobs) -> None:
+        group = request.group
+        skip = group.num_prompt_logprobs + 1 - values.start
+        if skip >= len(values.chosen):
+            return
+        group.num_prompt_logprobs += len(values.chosen) - skip
+        columns = prompt_logprob_columns(group.spec.key, values, skip)
+        self._events.of(request.frontend).prompt_logprobs.append(columns)
+
+    def _vacate_landed(self, slots: Int32s) -> None:
+        """Empties slots that were only waiting for this step: ended, or preempted in flight."""
+        batch = self.batch
+        for slot in list(self._evicting):
+            if not batch.in_flight[slot]:
+                self._requeue(batch.request_at(slot))
+        for slot in slots[(batch.in_flight[slots] == 0) & ~batch.live[slots]].tolist():
+            if batch.requests[slot] is not None:
+                self._vacate(slot)
+
+    def fail_step(self, step: SchedulerOutput, reason: Reason, now: float) -> dict[int, EngineCoreOutputs]:
+        """The step could not be computed: all of its requests fail, with their siblings, who share what it wrote."""
+        for slot in step.slots.tolist():
+            if self.batch.live[slot]:
+                request = self.batch.request_at(slot)
+                for member in self._members(request.group, request.frontend):
+                    self._fail(member, reason, forget=True)
+        rows = step.num_rows
+        return self.update(step, ModelRunnerOutput(np.full(rows, -1, np.int32), np.zeros(rows, np.uint8)), now)
+
+    def take_outputs(self) -> dict[int, EngineCoreOutputs]:
+        """Events that no step brought: timeouts in the queue, requests that could never fit."""
+        return self._events.take(0, None)
+
+    # --- operators ----------------------------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> int:
+        """Forgets all cached prefixes; running requests keep their blocks. Returns the blocks that became free."""
+        self.kv.num_indexed[:] = 0
+        return self.pool.reset_cache()
+
+    def load(self, now: float) -> EngineLoad:
+        waiting = [r for r in self._requests.values() if r.status in (RequestStatus.WAITING, RequestStatus.HELD)]
+        generation_rate, prompt_rate, hit_rate = self.meter.rates(now)
+        total = self.meter.total
+        return EngineLoad(
+            time=time.time(),
+            running_requests=len(self._requests) - len(waiting),
+            waiting_requests=len(waiting),
+            waiting_tokens=sum(r.num_tokens for r in waiting if r.status is RequestStatus.WAITING),
+            used_blocks=self.pool.num_used,
+            cached_blocks=self.pool.num_cached,
+            total_blocks=self.pool.num_blocks,
+            generation_tokens_per_second=generation_rate,
+            prompt_tokens_per_second=prompt_rate,
+            prefix_cache_hit_rate=hit_rate,
+            preemptions=total.preemptions,
+            steps=total.steps,
+            prompt_tokens=total.prompt_tokens,
+            generation_tokens=total.generation_tokens,
+            prefix_cache_queries=total.cache_queries,
+            prefix_cache_hits=total.cache_hits,
+        )
+
+    def check(self) -> None:
+        """Asserts the invariants of slots, blocks and counters. For tests, and whenever the core is idle."""
+        batch = self.batch
+        occupied = batch.occupied_slots()
+        owners = self.kv.owners(occupied)
+        for group in self._holding.values():
+            owners.update(group.held_blocks)
+        self.pool.check(owners)
+        assert len(occupied) + batch.num_free_slots == self.config.max_num_requests
+        for slot in occupied:
+            request = batch.request_at(slot)
+            assert request.slot == slot
+            assert batch.num_computed[slot] <= self.kv.num_blocks[slot] * self.kv.block_size, "computed beyond blocks"
+            assert batch.num_known[slot] <= batch.num_tokens[slot] <= batch.max_total[slot]
+            ended = request.status is RequestStatus.ENDED
+            assert ended == (not batch.live[slot])
+            assert not ended or batch.in_flight[slot], "an ended request holds a slot"
+        for request in self._requests.values():
+            assert request.status is not RequestStatus.ENDED
+            assert (request.slot >= 0) == (request.status is RequestStatus.RUNNING)
+        if not self.has_work:
+            assert not occupied and not self.pool.num_used and not self._holding
