@@ -18,15 +18,16 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.block_pool import BlockPool
+from octavo.core.groups import PromptShares
 from octavo.core.kv_cache_manager import KVCacheManager
 from octavo.core.load_meter import LoadMeter
 from octavo.core.outputs import Events, StepTokens, prompt_logprob_columns
+from octavo.core.plan import Plan
 from octavo.core.request import Group, Request, RequestStatus
 from octavo.core.running_batch import RunningBatch
 from octavo.core.waiting_queue import Timers, WaitingQueue
@@ -34,31 +35,6 @@ from octavo.errors import Reason
 from octavo.ipc import EngineCoreOutputs, EngineCoreRequest, PromptStarted
 from octavo.step import Int32s, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
 from octavo.types import EngineLoad, FinishReason
-
-_NONE: Int32s = np.empty(0, np.int32)
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A step while it is being decided."""
-
-    budget: int
-    """Tokens left."""
-    decode: Int32s = field(default_factory=lambda: _NONE)
-    """Running slots with one token to compute, which samples."""
-    prefill: list[tuple[int, int]] = field(default_factory=list)
-    """(slot, tokens) of running slots that catch up."""
-    admitted: list[tuple[int, int]] = field(default_factory=list)
-    """(slot, tokens) of requests that enter."""
-    grown: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    """(slot, first column, blocks) added to tables of running slots."""
-    stalled: set[int] = field(default_factory=set)
-    """Running slots that wait for blocks of a victim that is still in flight."""
-    preempted: bool = False
-    promised_blocks: int = 0
-    """Of those that victims in flight will give back."""
-    new_requests: list[NewRequest] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -84,7 +60,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._deadlines, self._queue_timeouts, self._time_limits = Timers(), Timers(), Timers()
         self._requests: dict[tuple[int, int], Request] = {}
-        self._holding: dict[int, Group] = {}  # groups with held_blocks
+        self._shares = PromptShares(self.pool)
         self._evicting: dict[int, None] = {}  # slots preempted while in flight
         self._events = Events()
         self._freed_slots: list[int] = []
@@ -142,7 +118,7 @@ class Scheduler:
             self._waiting.add(group.held_members.pop(0))
         request.status = RequestStatus.ENDED
         del self._requests[request.frontend, request.key]
-        self._note_fork(request)
+        self._shares.note_fork(request)
         if request.slot >= 0:
             self.batch.live[request.slot] = False
             self.batch.stop(request.slot)
@@ -202,7 +178,7 @@ class Scheduler:
     def schedule(self, now: float) -> SchedulerOutput | None:
         """Decides and accounts for the next step; None when nothing can run (now, or before an update())."""
         self._expire(now)
-        plan = _Plan(budget=self.config.max_num_batched_tokens)
+        plan = Plan(budget=self.config.max_num_batched_tokens)
         self._schedule_running(plan)
         if not plan.preempted:
             self._schedule_waiting(plan, now)
@@ -210,7 +186,7 @@ class Scheduler:
             return None
         return self._launch(plan, now)
 
-    def _schedule_running(self, plan: _Plan) -> None:
+    def _schedule_running(self, plan: Plan) -> None:
         batch = self.batch
         order = batch.order
         if not len(order):
@@ -232,16 +208,16 @@ class Scheduler:
             plan.prefill = [(s, n) for s, n in plan.prefill if self._may_run(plan, s)]
             plan.grown = [entry for entry in plan.grown if batch.is_running(entry[0])]
 
-    def _may_run(self, plan: _Plan, slot: int) -> bool:
+    def _may_run(self, plan: Plan, slot: int) -> bool:
         return self.batch.is_running(slot) and slot not in plan.stalled
 
-    def _schedule_prefill(self, plan: _Plan, slot: int, missing: int) -> None:
+    def _schedule_prefill(self, plan: Plan, slot: int, missing: int) -> None:
         count = min(missing, plan.budget, self.config.max_chunk_tokens or missing)
         if count and self.batch.is_running(slot) and self._grow(plan, slot, int(self.batch.num_computed[slot]) + count):
             plan.prefill.append((slot, count))
             plan.budget -= count
 
-    def _grow(self, plan: _Plan, slot: int, num_tokens: int) -> bool:
+    def _grow(self, plan: Plan, slot: int, num_tokens: int) -> bool:
         """Room for `num_tokens` in a running slot, at the expense of requests of worse rank."""
         while self.batch.is_running(slot):
             have = int(self.kv.num_blocks[slot])
@@ -255,10 +231,10 @@ class Scheduler:
                 return False
         return False
 
-    def _relieve(self, plan: _Plan, num_blocks: int) -> bool:
+    def _relieve(self, plan: Plan, num_blocks: int) -> bool:
         """Makes blocks available: now (True), or with the update() of a step in flight (False)."""
-        if self._holding:
-            self._drop_hold(next(iter(self._holding.values())))
+        if self._shares:
+            self._shares.drop_one()
             return True
         coming = sum(int(self.kv.num_blocks[slot]) for slot in self._evicting) - plan.promised_blocks
         if coming >= num_blocks:
@@ -268,7 +244,7 @@ class Scheduler:
         self._preempt(plan, victim)
         return True
 
-    def _preempt(self, plan: _Plan, request: Request) -> None:
+    def _preempt(self, plan: Plan, request: Request) -> None:
         plan.preempted = True
         request.num_preemptions += 1
         self.meter.total.preemptions += 1
@@ -283,13 +259,13 @@ class Scheduler:
         self._vacate(request.slot)
         self._waiting.add(request)
 
-    def _schedule_waiting(self, plan: _Plan, now: float) -> None:
+    def _schedule_waiting(self, plan: Plan, now: float) -> None:
         while plan.budget > 0 and self.batch.num_free_slots:
             request = self._waiting.peek()
             if request is None or not self._admit(plan, request, now):
                 return
 
-    def _admit(self, plan: _Plan, request: Request, now: float) -> bool:
+    def _admit(self, plan: Plan, request: Request, now: float) -> bool:
         group = request.group
         fork = request.forks and bool(group.held_blocks)
         if fork:
@@ -299,9 +275,9 @@ class Scheduler:
             shared = self.kv.find_prefix(request)
             num_cached = len(shared) * self.kv.block_size
         if not self.kv.can_admit(shared, request.num_tokens, keep_watermark=self.batch.num_running > 0):
-            if self.batch.num_running or not self._holding:
+            if self.batch.num_running or not self._shares:
                 return False
-            self._drop_hold(next(iter(self._holding.values())))
+            self._shares.drop_one()
             return True  # look again
         self._waiting.pop()
         slot = self.batch.add(request, num_cached)
@@ -320,7 +296,7 @@ class Scheduler:
         plan.budget -= count
         self._note_admission(request, num_cached, now)
         plan.new_requests.append(self._new_request(request, num_cached))
-        self._note_fork(request)
+        self._shares.note_fork(request)
         return True
 
     def _note_admission(self, request: Request, num_cached: int, now: float) -> None:
@@ -356,7 +332,7 @@ class Scheduler:
             prompt_logprobs=spec.prompt_logprobs if wants_prompt else None,
         )
 
-    def _launch(self, plan: _Plan, now: float) -> SchedulerOutput:
+    def _launch(self, plan: Plan, now: float) -> SchedulerOutput:
         """Turns the plan into arrays and moves the counters past it."""
         batch = self.batch
         single = [
@@ -381,56 +357,22 @@ class Scheduler:
         batch.in_flight[slots] += 1
         self._num_in_flight += 1
         step = SchedulerOutput(next(self._step_ids), slots, computed, scheduled, samples, num_decode_rows)
-        self._attach_changes(step, plan)
+        plan.attach(step)
+        step.freed_slots, self._freed_slots = self._freed_slots, []
+        step.released_groups, self._released_groups = self._released_groups, []
         for slot, _ in plan.prefill + plan.admitted:
-            self._release_members(batch.request_at(slot))
+            self._share_prompt(batch.request_at(slot))
         self.meter.total.prompt_tokens += sum(count for _, count in several) + len(single)
         self.meter.tick(now)
         return step
 
-    def _attach_changes(self, step: SchedulerOutput, plan: _Plan) -> None:
-        step.freed_slots, self._freed_slots = self._freed_slots, []
-        step.released_groups, self._released_groups = self._released_groups, []
-        step.new_requests = plan.new_requests
-        step.block_copies = plan.copies
-        if plan.grown:
-            step.block_slots = np.array([slot for slot, _, blocks in plan.grown for _ in blocks], np.int32)
-            step.block_columns = np.array(
-                [first + i for _, first, blocks in plan.grown for i in range(len(blocks))], np.int32
-            )
-            step.block_ids = np.array([block for _, _, blocks in plan.grown for block in blocks], np.int32)
-
-    # --- sharing a prompt ---------------------------------------------------------------------------------------------
-
-    def _release_members(self, request: Request) -> None:
+    def _share_prompt(self, request: Request) -> None:
         """When the last chunk of a group's prompt is launched, its other sequences may fork from it."""
         group = request.group
-        if not group.held_members or self.batch.num_computed[request.slot] < len(group.prompt):
-            return
-        blocks = self.kv.blocks_of(request.slot)[: self.kv.blocks_for(len(group.prompt) - 1)]
-        self.pool.acquire(blocks)
-        group.held_blocks = blocks
-        if blocks:
-            self._holding[group.group_id] = group
-        members, group.held_members = group.held_members, []
-        group.num_unforked = len(members)
-        for member in members:
-            member.forks = True
-            self._waiting.add(member)
-
-    def _drop_hold(self, group: Group) -> None:
-        """Sequences that have not forked yet will find the prompt in the prefix cache, or compute it."""
-        blocks, group.held_blocks = group.held_blocks, []
-        self.pool.release(blocks)
-        del self._holding[group.group_id]
-
-    def _note_fork(self, request: Request) -> None:
-        """The request has forked, or never will."""
-        if request.forks:
-            request.forks = False
-            request.group.num_unforked -= 1
-            if not request.group.num_unforked and request.group.held_blocks:
-                self._drop_hold(request.group)
+        if group.held_members and self.batch.num_computed[request.slot] >= len(group.prompt):
+            blocks = self.kv.blocks_of(request.slot)[: self.kv.blocks_for(len(group.prompt) - 1)]
+            for member in self._shares.take(group, blocks):
+                self._waiting.add(member)
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -560,8 +502,7 @@ class Scheduler:
         batch = self.batch
         occupied = batch.occupied_slots()
         owners = self.kv.owners(occupied)
-        for group in self._holding.values():
-            owners.update(group.held_blocks)
+        owners.update(self._shares.held_blocks())
         self.pool.check(owners)
         assert len(occupied) + batch.num_free_slots == self.config.max_num_requests
         for slot in occupied:
@@ -576,4 +517,4 @@ class Scheduler:
             assert request.status is not RequestStatus.ENDED
             assert (request.slot >= 0) == (request.status is RequestStatus.RUNNING)
         if not self.has_work:
-            assert not occupied and not self.pool.num_used and not self._holding
+            assert not occupied and not self.pool.num_used and not self._shares

@@ -1,0 +1,44 @@
+"""A step while the scheduler decides it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from octavo.step import Int32s, NewRequest, SchedulerOutput
+
+_NONE: Int32s = np.empty(0, np.int32)
+
+
+@dataclass(slots=True)
+class Plan:
+    """Which slots take part with how many tokens, and what changed for the worker."""
+
+    budget: int
+    """Tokens left."""
+    decode: Int32s = field(default_factory=lambda: _NONE)
+    """Running slots with one token to compute, which samples."""
+    prefill: list[tuple[int, int]] = field(default_factory=list)
+    """(slot, tokens) of running slots that catch up."""
+    admitted: list[tuple[int, int]] = field(default_factory=list)
+    """(slot, tokens) of requests that enter."""
+    grown: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    """(slot, first column, blocks) added to tables of running slots."""
+    stalled: set[int] = field(default_factory=set)
+    """Running slots that wait for blocks of a victim that is still in flight."""
+    preempted: bool = False
+    promised_blocks: int = 0
+    """Of those that victims in flight will give back."""
+    new_requests: list[NewRequest] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    def attach(self, step: SchedulerOutput) -> None:
+        """Puts the changes that the worker has to apply into the step."""
+        step.new_requests = self.new_requests
+        step.block_copies = self.copies
+        if self.grown:
+            step.block_slots = np.array([slot for slot, _, blocks in self.grown for _ in blocks], np.int32)
+            columns = [first + i for _, first, blocks in self.grown for i in range(len(blocks))]
+            step.block_columns = np.array(columns, np.int32)
+            step.block_ids = np.array([block for _, _, blocks in self.grown for block in blocks], np.int32)
