@@ -34,6 +34,8 @@ class RunningBatch:
         self.key: npt.NDArray[np.int64] = np.zeros(size, np.int64)
         self.end_time: npt.NDArray[np.float64] = np.full(size, np.inf)
         """When max_time is over."""
+        self.num_timed = 0
+        """Slots with an end_time."""
         self.length_is_context: Bools = np.zeros(size, np.bool_)
         self._free_slots = list(range(size - 1, -1, -1))
         self._running: dict[int, None] = {}  # slots that may be scheduled, in order of admission
@@ -81,6 +83,11 @@ class RunningBatch:
         self._order = None
         return slot
 
+    def limit_time(self, slot: int, end_time: float) -> None:
+        """Ends the slot with the first token after `end_time` (finite, once per `add`)."""
+        self.end_time[slot] = end_time
+        self.num_timed += 1
+
     def stop(self, slot: int) -> None:
         """The slot is not scheduled any more; it stays occupied until `remove`."""
         if self._running.pop(slot, -1) is None:
@@ -96,6 +103,7 @@ class RunningBatch:
         self.request_at(slot).slot = -1
         self.requests[slot] = None
         self.live[slot] = False
+        self.num_timed -= int(self.end_time[slot] < np.inf)
         self.end_time[slot] = np.inf
         self._free_slots.append(slot)
 

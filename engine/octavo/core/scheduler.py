@@ -307,7 +307,7 @@ class Scheduler:
             self.meter.total.cache_queries += request.num_tokens
             self.meter.total.cache_hits += num_cached
         if spec.params.max_time is not None:
-            self.batch.end_time[request.slot] = group.start_time + spec.params.max_time
+            self.batch.limit_time(request.slot, group.start_time + spec.params.max_time)
             if request.num_tokens == len(group.prompt):
                 self._time_limits.add(group.start_time + spec.params.max_time, request)
 
@@ -403,8 +403,10 @@ class Scheduler:
         token_ids, finish = output.token_ids[rows], output.finish[rows]
         batch.token_ids[slots, batch.num_known[slots]] = token_ids
         batch.num_known[slots] += 1
-        finish[(finish == FinishReason.LENGTH) & batch.length_is_context[slots]] = FinishReason.CONTEXT
-        finish[(finish == 0) & (batch.end_time[slots] <= now)] = FinishReason.TIME
+        if finish.any():
+            finish[(finish == FinishReason.LENGTH) & batch.length_is_context[slots]] = FinishReason.CONTEXT
+        if batch.num_timed:
+            finish[(finish == 0) & (batch.end_time[slots] <= now)] = FinishReason.TIME
         return StepTokens(rows, batch.frontend[slots], batch.key[slots], token_ids, finish, output.logprobs)
 
     def _index_full_blocks(self, step: SchedulerOutput) -> None:
