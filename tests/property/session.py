@@ -117,6 +117,8 @@ class Session:
         """By seed, which is unique."""
         self.next_key: dict[int, int] = {}
         self.num_steps = 0
+        self.broken = False
+        """A check has failed: what follows means nothing."""
         self.num_preempted = 0
         self.num_cached_tokens = 0
 
@@ -195,6 +197,26 @@ class Session:
         self.scheduler.abort_frontend(frontend)
         self._check()
 
+    def reset_prefix_cache(self) -> None:
+        freed = self.scheduler.reset_prefix_cache()
+        require(freed >= 0 and self.scheduler.load(self.now).cached_blocks == 0, "the reset left cached blocks")
+        self._check()
+
+    def statistics(self) -> dict[str, int]:
+        """What happened, to see that a workload reaches the paths that it is for."""
+        ended = [sequence.ended for sequence in self.sequences.values()]
+        return {
+            "sequences": len(self.sequences),
+            "steps": self.num_steps,
+            "tokens": sum(len(sequence.received) for sequence in self.sequences.values()),
+            "preempted": self.num_preempted,
+            "cached_tokens": self.num_cached_tokens,
+            "copies": self.runner.num_copies,
+            "muted_rows": self.runner.num_muted_rows,
+            "aborted": sum(sequence.aborted for sequence in self.sequences.values()),
+            **{reason.name: ended.count(reason) for reason in (*FinishReason, *Reason) if reason in ended},
+        }
+
     def fail(self, frontend: int, key: int, reason: Reason = Reason.NON_FINITE_LOGITS) -> None:
         """The sequence's next row fails, if there will be one."""
         sequence = self.sequences[frontend, key]
@@ -205,6 +227,12 @@ class Session:
 
     def step(self) -> SchedulerOutput | None:
         """One turn of the engine core's loop; at depth 1 the result read is that of the step before."""
+        self.broken = True
+        plan = self._step()
+        self.broken = False
+        return plan
+
+    def _step(self) -> SchedulerOutput | None:
         plan = self.scheduler.schedule(self.now)
         self._receive(self.scheduler.take_outputs())
         self._check()
@@ -239,7 +267,7 @@ class Session:
             require(self.num_steps < bound, "starving:", self.alive())
         self.step()
         require(not self.scheduler.has_work, "work is left, but no sequence is alive")
-        load = self.scheduler.load()
+        load = self.scheduler.load(self.now)
         require(load.running_requests == load.waiting_requests == load.waiting_tokens == 0, "load is not idle:", load)
         require(load.used_blocks == 0, "blocks have leaked:", load)
         require(load.total_blocks == self.num_blocks, "total_blocks:", load)
@@ -261,7 +289,7 @@ class Session:
             require(sequence.alive, "an ended or aborted sequence enters the batch:", sent.key + request.row)
             late = sent.deadline is not None and sent.deadline < self.now
             require(not late, "started after its deadline:", sent.key + request.row)
-        load = self.scheduler.load()
+        load = self.scheduler.load(self.now)
         require(load.running_requests <= self.config.max_num_requests, "running:", load)
 
     def _check(self) -> None:
