@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+
+from octavo.step import SchedulerOutput
+from octavo.worker.request_states import RequestStates
 
 
 @dataclass(slots=True)
@@ -43,3 +47,56 @@ class InputBatch:
     @property
     def num_tokens(self) -> int:
         return int(self.query_start_loc_np[-1])
+
+
+class InputBatchBuilder:
+    """Makes each step's batch from the scheduler's rows and the request states, with array operations only."""
+
+    def __init__(self, states: RequestStates, device: torch.device) -> None:
+        self._states = states
+        self._device = device
+
+    def build(self, step: SchedulerOutput) -> InputBatch:
+        """The batch of a step whose diff has been applied to the states.
+
+        A row whose request has ended (a step launched before that was known) is muted: it computes its tokens at
+        position 0 of the null block, where nobody reads.
+        """
+        states = self._states
+        slots, lengths, computed = step.slots, step.num_scheduled, step.num_computed
+        starts = np.zeros(len(slots) + 1, np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        if step.num_decode_rows == len(slots):
+            rows, positions = np.arange(len(slots)), computed
+        else:
+            rows = np.repeat(np.arange(len(slots)), lengths)
+            positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - computed, lengths)
+        seq_lens = computed + lengths
+        muted = states.finished[slots] != 0
+        if muted.any():
+            seq_lens = np.where(muted, lengths, seq_lens)
+            positions = np.where(muted[rows], np.arange(starts[-1]) - starts[rows], positions)
+        block_size = states.block_size
+        block_tables = states.block_table[slots, : -(-int(seq_lens.max()) // block_size)]
+        block_tables[muted] = 0
+        block_tables[np.arange(block_tables.shape[1]) * block_size >= seq_lens[:, None]] = 0
+        samples = step.samples & ~muted
+        slot_mapping = (
+            block_tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        )
+        return InputBatch(
+            input_ids=self._tensor(states.hist[slots[rows], positions].astype(np.int64)),
+            positions=self._tensor(positions.astype(np.int64)),
+            slot_mapping=self._tensor(blocks * block_size + positions % block_size),
+            query_start_loc=self._tensor(starts),
+            seq_lens=self._tensor(seq_lens),
+            block_tables=self._tensor(block_tables),
+            num_decode_rows=step.num_decode_rows,
+            logits_indices=self._tensor(starts[1:][samples].astype(np.int64) - 1),
+            query_start_loc_np=starts,
+            seq_lens_np=seq_lens,
+            block_tables_np=block_tables,
+        )
+
+    def _tensor(self, array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
