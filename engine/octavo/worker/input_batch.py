@@ -81,9 +81,7 @@ class InputBatchBuilder:
         block_tables[muted] = 0
         block_tables[np.arange(block_tables.shape[1]) * block_size >= seq_lens[:, None]] = 0
         samples = step.samples & ~muted
-        slot_mapping = (
-            block_tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        )
+        blocks = block_tables[rows, positions // block_size].astype(np.int64)
         return InputBatch(
             input_ids=self._tensor(states.hist[slots[rows], positions].astype(np.int64)),
             positions=self._tensor(positions.astype(np.int64)),
