@@ -1,17 +1,39 @@
 """From a GenerateRequest to what the engine core takes: validation, tokenization, defaults.
 
 Three steps, so that a server can run the middle one in a thread: `check` needs no tokens and costs well under 5 ms
-whatever the request holds; `tokenize` is pure; `finish` checks lengths and builds the core's requests.
+whatever the request holds; `tokenize` is pure; `finish` looks at lengths and builds the core's requests.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+
 import msgspec
+import numpy as np
 
 from octavo.config import Limits
+from octavo.errors import Reason, RequestError
+from octavo.frontend.defaults import complete, resolve_output, resolve_prompt_options
+from octavo.frontend.lengths import Context, LengthProblems, Lengths, resolve_lengths, truncate
 from octavo.frontend.model import FrontendModel
+from octavo.frontend.request_checks import RequestChecker
+from octavo.frontend.tokenizer import TokenizerError
+from octavo.frontend.validation import Violations, check_token_ids
 from octavo.ipc import EngineCoreRequest
-from octavo.types import EngineInfo, GenerateRequest, OutputOptions, ResolvedOptions
+from octavo.step import LogprobSpec
+from octavo.types import (
+    CacheOptions,
+    EngineInfo,
+    GenerateRequest,
+    GenerationParams,
+    LogprobKind,
+    OutputOptions,
+    PromptOptions,
+    ResolvedOptions,
+)
 
 
 class ProcessedPrompt(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +45,8 @@ class ProcessedPrompt(msgspec.Struct, frozen=True, kw_only=True):
     """After truncation."""
     text: str | None
     """What stands before the generated text with include_prompt; None without."""
+    seed: int | None
+    """None when nothing is sampled."""
     core_request: EngineCoreRequest
 
     @property
@@ -37,6 +61,8 @@ class ProcessedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The client's, or one made up."""
     tenant: str
     prompts: list[ProcessedPrompt]
+    params: GenerationParams
+    """Resolved, but for lengths that differ by prompt."""
     output: OutputOptions
     """Resolved."""
     resolved: ResolvedOptions | None
@@ -50,16 +76,39 @@ class ProcessedRequest(msgspec.Struct, frozen=True, kw_only=True):
         return [prompt.core_request for prompt in self.prompts]
 
     @property
-    def num_sequences(self) -> int: ...
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.prompts[0].core_request.num_sequences
 
     @property
-    def num_prompt_tokens(self) -> int: ...
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """A request that is sound as far as can be told without tokens."""
+
+    request: GenerateRequest
+    params: GenerationParams
+    output: OutputOptions
+    prompt_options: PromptOptions
+
+    @property
+    def texts(self) -> list[str]:
+        """What is to be tokenized; empty texts are not."""
+        return [prompt.text for prompt in self.request.prompts if prompt.text]
 
 
 class InputProcessor:
     """Validates and resolves requests. Owns the keys of this front-end's sequences."""
 
-    def __init__(self, model: FrontendModel, limits: Limits, *, cache_secret: bytes) -> None: ...
+    def __init__(self, model: FrontendModel, limits: Limits, *, cache_secret: bytes) -> None:
+        self._model = model
+        self._limits = limits
+        self._cache_secret = cache_secret
+        self._checker = RequestChecker(model, limits)
+        self._context = Context(model.spec.n_positions, model.max_model_len)
+        self._next_key = 1
 
     def process(
         self,
@@ -77,4 +126,225 @@ class InputProcessor:
         `streaming` false also estimates the size of the whole answer; `info` lets requests be refused that no empty
         KV-cache could hold. Raises RequestError with every violation that the failing step found.
         """
-        ...
+        checked = self.check(request)
+        token_ids = self.tokenize(checked.texts, checked.prompt_options)
+        return self.finish(
+            checked,
+            token_ids,
+            arrival_time=arrival_time,
+            tenant=tenant,
+            deadline=deadline,
+            deadline_is_client=deadline_is_client,
+            streaming=streaming,
+            info=info,
+        )
+
+    def check(self, request: GenerateRequest) -> CheckedRequest:
+        """Raises RequestError: INVALID_FIELD, UNSUPPORTED_FIELD, MODEL_NOT_FOUND, REQUEST_TOO_LARGE."""
+        params = self._checker.check(request)
+        options = resolve_prompt_options(request.prompt_options, self._model.tokenizer.split_special_tokens)
+        return CheckedRequest(request, params, resolve_output(request.output), options)
+
+    def tokenize(self, texts: list[str], options: PromptOptions) -> list[list[int]]:
+        """May run in any thread. Raises RequestError (INTERNAL) when the tokenizer fails."""
+        if not texts:
+            return []
+        try:
+            return self._model.tokenizer.encode(
+                texts,
+                add_special_tokens=options.add_special_tokens is not False,
+                split_special_tokens=bool(options.split_special_tokens),
+            )
+        except TokenizerError as error:
+            raise RequestError(Reason.INTERNAL, "the prompt could not be tokenized") from error
+
+    def finish(
+        self,
+        checked: CheckedRequest,
+        token_ids: list[list[int]],
+        *,
+        arrival_time: float,
+        tenant: str,
+        deadline: float | None,
+        deadline_is_client: bool,
+        streaming: bool,
+        info: EngineInfo | None,
+    ) -> ProcessedRequest:
+        """`token_ids`: of `checked.texts`. Raises RequestError: CONTEXT_LENGTH_EXCEEDED, INVALID_FIELD,
+        REQUEST_TOO_LARGE, RESPONSE_TOO_LARGE."""
+        prompts, lengths = self._prompts_and_lengths(checked, token_ids)
+        if info is not None:
+            self._check_fits_cache(lengths, info)
+        if not streaming:
+            self._check_answer_size(checked, prompts, lengths)
+        request = checked.request
+        salt = self._salt(tenant, request.cache.cache_salt)
+        processed = []
+        for i, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
+            seed = self._seed(checked.params)
+            core_request = msgspec.structs.replace(
+                self._core_request(checked, ids, length, seed or 0, salt, arrival_time),
+                deadline=deadline,
+                deadline_is_client=deadline_is_client,
+            )
+            text = self._prompt_text(checked, i) if checked.output.include_prompt else None
+            processed.append(ProcessedPrompt(index=i, token_ids=ids, text=text, seed=seed, core_request=core_request))
+        return ProcessedRequest(
+            request_id=request.request_id or f"req-{secrets.token_hex(8)}",
+            tenant=tenant,
+            prompts=processed,
+            params=checked.params,
+            output=checked.output,
+            resolved=self._resolved(checked, prompts, lengths) if checked.output.return_resolved_options else None,
+            arrival_time=arrival_time,
+            deadline=deadline,
+            deadline_is_client=deadline_is_client,
+        )
+
+    def check_texts(self, texts: list[str]) -> None:
+        """Of a TokenizeRequest. Raises RequestError."""
+        violations = Violations()
+        if len(texts) > self._limits.max_tokenize_inputs:
+            violations.add("texts", f"has {len(texts)} texts, the limit is {self._limits.max_tokenize_inputs}")
+        else:
+            self._checker.check_texts(violations, "texts", texts)
+        violations.raise_if_any()
+
+    def check_token_id_lists(self, token_ids: list[list[int]]) -> None:
+        """Of a DetokenizeRequest. Raises RequestError."""
+        violations = Violations()
+        if len(token_ids) > self._limits.max_tokenize_inputs:
+            violations.add("token_ids", f"has {len(token_ids)} lists, the limit is {self._limits.max_tokenize_inputs}")
+        else:
+            vocab_size, limit = self._model.spec.vocab_size, self._limits.max_prompt_bytes
+            for i, ids in enumerate(token_ids):
+                check_token_ids(violations, f"token_ids[{i}].ids", ids, vocab_size, limit)
+        violations.raise_if_any()
+
+    def _prompts_and_lengths(
+        self, checked: CheckedRequest, token_ids: list[list[int]]
+    ) -> tuple[list[list[int]], list[Lengths]]:
+        problems = LengthProblems()
+        of_texts = iter(token_ids)
+        prompts, lengths = [], []
+        for i, prompt in enumerate(checked.request.prompts):
+            if prompt.token_ids is not None:
+                path, ids = f"prompts[{i}].token_ids", list(prompt.token_ids)
+            else:
+                path, ids = f"prompts[{i}].text", next(of_texts) if prompt.text else []
+                bos = checked.params.bos_token_id
+                ids = ids or ([] if bos is None else [bos])
+            ids = truncate(ids, checked.params, checked.prompt_options, self._context)
+            prompts.append(ids)
+            lengths.append(resolve_lengths(problems, i, path, len(ids), checked.params, self._context))
+        problems.raise_if_any()
+        return prompts, lengths
+
+    def _check_fits_cache(self, lengths: list[Lengths], info: EngineInfo) -> None:
+        capacity = info.num_blocks * info.block_size
+        needed = max(length.total for length in lengths) - 1  # the last token is never fed back
+        if needed > capacity:
+            raise RequestError(
+                Reason.REQUEST_TOO_LARGE,
+                f"a sequence of {needed} tokens can never fit the KV-cache, which holds {capacity}",
+                metadata={"max": str(capacity), "got": str(needed)},
+            )
+
+    def _check_answer_size(self, checked: CheckedRequest, prompts: list[list[int]], lengths: list[Lengths]) -> None:
+        """Estimates a unary answer (api.md, section 3): refused before it is computed rather than after."""
+        output, limit = checked.output, self._limits.max_send_message_bytes
+        per_token = bytes_per_token(output)
+        num_sequences = checked.params.num_return_sequences or 1
+        size = 0
+        for i, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
+            size += num_sequences * per_token * (length.total - len(ids))
+            if output.include_prompt:
+                size += num_sequences * len(self._prompt_text(checked, i).encode())
+            if output.return_prompt_token_ids:
+                size += 3 * len(ids)
+            if output.prompt_logprobs is not None:
+                size += len(ids) * (6 + 7 * output.prompt_logprobs)
+        if size > limit:
+            raise RequestError(
+                Reason.RESPONSE_TOO_LARGE,
+                f"the answer may take {size} bytes, the limit is {limit}; stream it instead",
+                metadata={"max": str(limit), "got": str(size)},
+            )
+
+    def _core_request(
+        self,
+        checked: CheckedRequest,
+        token_ids: list[int],
+        length: Lengths,
+        seed: int,
+        cache_salt: str,
+        arrival_time: float,
+    ) -> EngineCoreRequest:
+        params, output, cache = checked.params, checked.output, checked.request.cache
+        num_sequences = params.num_return_sequences or 1
+        key = self._next_key
+        self._next_key += num_sequences
+        logprobs = None
+        if output.logprobs is not None:
+            kind = output.logprob_kind or LogprobKind.RAW_LOGPROB
+            logprobs = LogprobSpec(num_top=output.logprobs, kind=kind, token_ids=output.logprob_token_ids)
+        return EngineCoreRequest(
+            key=key,
+            num_sequences=num_sequences,
+            prompt_token_ids=np.asarray(token_ids, dtype="<i4").tobytes(),
+            params=msgspec.structs.replace(params, stop_strings=[]),  # matched here, on text
+            max_total_tokens=length.total,
+            length_is_context=length.is_context,
+            eos_token_ids=[] if params.ignore_eos else params.eos_token_id or [],
+            stop_token_ids=params.stop_token_ids,
+            seed=seed,
+            priority=checked.request.priority,
+            cache_salt=cache_salt,
+            bypass_prefix_cache=bool(cache.bypass_prefix_cache),
+            arrival_time=arrival_time,
+            logprobs=logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+        )
+
+    def _seed(self, params: GenerationParams) -> int | None:
+        """One per prompt; None when nothing is sampled."""
+        if not params.do_sample:
+            return None
+        return secrets.randbits(64) if params.seed is None else params.seed
+
+    def _salt(self, tenant: str, client_salt: str) -> str:
+        """Never the client's own: one chosen by the caller alone would let it probe another tenant's cache."""
+        if not tenant and not client_salt:
+            return ""
+        message = msgspec.json.encode([tenant, client_salt])
+        return hmac.new(self._cache_secret, message, hashlib.sha256).hexdigest()
+
+    def _prompt_text(self, checked: CheckedRequest, index: int) -> str:
+        """The prompt as it was sent, before truncation."""
+        prompt = checked.request.prompts[index]
+        if prompt.token_ids is None:
+            return prompt.text or ""
+        skip = bool(checked.output.skip_special_tokens)
+        return self._model.tokenizer.decode(prompt.token_ids, skip_special_tokens=skip)
+
+    def _resolved(self, checked: CheckedRequest, prompts: list[list[int]], lengths: list[Lengths]) -> ResolvedOptions:
+        params = complete(checked.params)
+        new_tokens = {length.total - len(ids) for ids, length in zip(prompts, lengths, strict=True)}
+        if params.max_length is None and len(new_tokens) == 1:
+            params = msgspec.structs.replace(params, max_new_tokens=new_tokens.pop())
+        cache = checked.request.cache
+        return ResolvedOptions(
+            params=params,
+            output=checked.output,
+            prompt_options=checked.prompt_options,
+            cache=CacheOptions(bypass_prefix_cache=bool(cache.bypass_prefix_cache), cache_salt=cache.cache_salt),
+        )
+
+
+def bytes_per_token(output: OutputOptions) -> int:
+    """Of an answer on the wire, estimated: text 8, id 3, and 6 + 7 N for N logprobs."""
+    size = 8 if output.return_text else 0
+    size += 3 if output.return_token_ids else 0
+    if output.logprobs is not None:
+        size += 6 + 7 * output.logprobs + 4 * len(output.logprob_token_ids)
+    return size

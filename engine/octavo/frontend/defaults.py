@@ -1,0 +1,220 @@
+"""What a checkpoint's generation_config.json means for requests that leave a field unset.
+
+A field resolves to the request's value, else the checkpoint's, else transformers' global default. A value that we
+cannot honour stops the load with its name, as it would change every text without anybody asking.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+import msgspec
+
+from octavo.config import Limits
+from octavo.errors import StartupError
+from octavo.frontend.validation import UNSUPPORTED_NEUTRAL, param_ranges, show
+from octavo.types import SUPPORTED_PARAMS, GenerationParams, LogprobKind, OutputOptions, PromptOptions, StopStringOutput
+
+_log = logging.getLogger(__name__)
+
+GLOBAL_DEFAULTS: Final = GenerationParams(
+    ignore_eos=False,
+    stop_string_output=StopStringOutput.TOKENS,
+    stop_strings_ignore_prompt=False,
+    do_sample=False,
+    temperature=1.0,
+    top_k=50,
+    top_p=1.0,
+    typical_p=1.0,
+    num_return_sequences=1,
+    repetition_penalty=1.0,
+    frequency_penalty=0.0,
+    presence_penalty=0.0,
+)
+"""transformers 5.23's, for the fields that we support; lengths depend on the prompt and are resolved with it."""
+DEFAULT_NEW_TOKENS: Final = 20
+DEFAULT_STREAM_DELAY: Final = 0.1
+"""Seconds."""
+
+_FILE_FIELDS: Final = (
+    "max_new_tokens",
+    "max_length",
+    "min_new_tokens",
+    "min_length",
+    "max_time",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "num_return_sequences",
+    "repetition_penalty",
+    "bos_token_id",
+)
+"""Fields of GenerationConfig that we honour, numbers and booleans; ids and strings of the end come extra."""
+_WITHOUT_EFFECT: Final = frozenset(
+    {
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "max_cache_len",
+        "prefill_chunk_size",
+        "compile_config",
+        "disable_compile",
+        "continuous_batching_config",
+        "pad_token_id",
+        "return_dict_in_generate",
+        "transformers_version",
+    }
+)
+"""No value of these can change a result here (generation.md, section 3)."""
+_ENCODER_DECODER: Final = frozenset({"decoder_start_token_id", "is_encoder_decoder", "forced_decoder_ids"})
+_REJECTED_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "output_scores": (False,),
+    "output_logits": (False,),
+    "penalty_alpha": (0,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0,),
+    "dola_layers": (),
+    "force_words_ids": (),
+    "constraints": (),
+    "low_memory": (False,),
+    "use_mtp": (False,),
+    "assistant_early_exit": (),
+    "speculation_type": (),
+    "is_assistant": (False,),
+    "num_assistant_tokens": (20,),
+    "num_assistant_tokens_schedule": ("constant",),
+    "assistant_confidence_threshold": (0.4,),
+    "assistant_lookbehind": (10,),
+    "target_lookbehind": (10,),
+    "assistant_ensemble_weight": (0,),
+    "watermarking_config": (),
+    "early_stopping": (False,),
+    "top_h": (),
+    **{
+        name: (neutral,)
+        for name, neutral in UNSUPPORTED_NEUTRAL.items()
+        if name not in ("early_stopping", "top_h", "bad_words")
+    },
+}
+"""Fields of GenerationConfig that nothing honours, with the values at which that makes no difference."""
+
+
+def checkpoint_params(raw: dict[str, Any], vocab_size: int) -> GenerationParams:
+    """What generation_config.json sets, as parameters. Raises StartupError (CHECKPOINT) naming the field."""
+    values: dict[str, Any] = {}
+    ranges = param_ranges(Limits(), vocab_size)
+    for name, value in raw.items():
+        if name in _FILE_FIELDS:
+            values[name] = _checked(name, value, ranges)
+        elif name == "eos_token_id":
+            values[name] = _token_ids(name, value, vocab_size)
+        elif name == "stop_strings":
+            values[name] = _stop_strings(value)
+        elif name in _ENCODER_DECODER:
+            _log.info("generation_config.json: %s is of encoder-decoder models and does nothing here", name)
+        elif name not in _WITHOUT_EFFECT and not _is_neutral(name, value):
+            raise _unusable(name, f"= {show(value)} is not implemented; remove it from the file to serve without")
+    return GenerationParams(**values)
+
+
+def default_params(checkpoint: GenerationParams) -> GenerationParams:
+    """What applies when a request sets nothing: the checkpoint's values over the global defaults."""
+    values = _set_fields(GLOBAL_DEFAULTS) | _set_fields(checkpoint)
+    if "max_new_tokens" not in values and "max_length" not in values:
+        values["max_new_tokens"] = DEFAULT_NEW_TOKENS
+    return complete(GenerationParams(**values))
+
+
+def resolve_params(request: GenerationParams, checkpoint: GenerationParams) -> GenerationParams:
+    """The supported fields with every default but the lengths' filled in. No checks; lengths stay as they were set.
+
+    Of the pairs max_new_tokens/max_length and min_new_tokens/min_length, one that the request sets replaces either of
+    the checkpoint. `do_sample` is false at temperature 0, which is greedy.
+    """
+    own = {name: value for name, value in _set_fields(request).items() if name in SUPPORTED_PARAMS}
+    inherited = _set_fields(checkpoint)
+    for pair in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        if any(name in own for name in pair):
+            inherited = {name: value for name, value in inherited.items() if name not in pair}
+    if own.get("ignore_eos"):
+        inherited.pop("eos_token_id", None)
+    values = _set_fields(GLOBAL_DEFAULTS) | inherited | own
+    if values["temperature"] == 0:
+        values["do_sample"] = False
+    return GenerationParams(**values)
+
+
+def complete(params: GenerationParams) -> GenerationParams:
+    """With the values at which unsupported fields do nothing, for people to read."""
+    values = {name: value for name, value in UNSUPPORTED_NEUTRAL.items() if value is not None}
+    return GenerationParams(**(values | _set_fields(params)))
+
+
+def resolve_output(output: OutputOptions) -> OutputOptions:
+    return OutputOptions(
+        include_prompt=bool(output.include_prompt),
+        return_text=output.return_text is not False,
+        return_token_ids=output.return_token_ids is not False,
+        return_prompt_token_ids=bool(output.return_prompt_token_ids),
+        skip_special_tokens=output.skip_special_tokens is not False,
+        logprobs=output.logprobs,
+        logprob_kind=output.logprob_kind or LogprobKind.RAW_LOGPROB,
+        logprob_token_ids=output.logprob_token_ids,
+        prompt_logprobs=output.prompt_logprobs,
+        stream_min_tokens=output.stream_min_tokens or 1,
+        stream_max_delay=DEFAULT_STREAM_DELAY if output.stream_max_delay is None else output.stream_max_delay,
+        return_resolved_options=bool(output.return_resolved_options),
+    )
+
+
+def resolve_prompt_options(options: PromptOptions, split_special_tokens: bool) -> PromptOptions:
+    split = options.split_special_tokens
+    return PromptOptions(
+        add_special_tokens=options.add_special_tokens is not False,
+        split_special_tokens=split_special_tokens if split is None else split,
+        truncate_to_fit=bool(options.truncate_to_fit),
+        truncate_to_last=options.truncate_to_last,
+    )
+
+
+def _set_fields(params: GenerationParams) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(params).items() if value not in (None, [], {})}
+
+
+def _checked(name: str, value: Any, ranges: dict[str, Any]) -> Any:
+    if name == "do_sample":
+        if not isinstance(value, bool):
+            raise _unusable(name, f"must be true or false, not {show(value)}")
+        return value
+    problem = ranges[name].problem(value)
+    if problem is not None:
+        raise _unusable(name, problem)
+    return value
+
+
+def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids):
+        raise _unusable(name, f"must be token ids below vocab_size {vocab_size}, not {show(value)}")
+    return ids
+
+
+def _stop_strings(value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(string, str) and string for string in strings):
+        raise _unusable("stop_strings", "must be strings that are not empty")
+    return strings
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    return name in _REJECTED_NEUTRAL and (value in _REJECTED_NEUTRAL[name] or value == [])
+
+
+def _unusable(field: str, why: str) -> StartupError:
+    return StartupError(StartupError.CHECKPOINT, f"generation_config.json: {field} {why}")

@@ -1,0 +1,262 @@
+"""The rules that a request's fields obey on their own, as tables: one line per field.
+
+Ranges are checked in the positive form, so that NaN and infinities fail them. Rules that need several fields, the
+prompt's length or the engine are in `input_processor.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import Any, Final
+
+import numpy as np
+
+from octavo.config import Limits
+from octavo.errors import FieldViolation, Reason, RequestError
+from octavo.types import SUPPORTED_PARAMS, EarlyStopping, GenerationParams
+
+NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9._:\-]{0,128}\Z")
+"""Of request ids and cache salts."""
+
+
+class Violations:
+    """Collects what is wrong with a request, to tell all of it at once."""
+
+    def __init__(self) -> None:
+        self._invalid: list[FieldViolation] = []
+        self._unsupported: list[FieldViolation] = []
+
+    def add(self, field: str, description: str) -> None:
+        self._invalid.append(FieldViolation(field, description))
+
+    def add_unsupported(self, field: str, description: str = "not implemented yet") -> None:
+        self._unsupported.append(FieldViolation(field, description))
+
+    def raise_if_any(self) -> None:
+        """Raises RequestError: UNSUPPORTED_FIELD if nothing else is wrong, else INVALID_FIELD."""
+        everything = self._invalid + self._unsupported
+        if not everything:
+            return
+        reason = Reason.INVALID_FIELD if self._invalid else Reason.UNSUPPORTED_FIELD
+        first = everything[0]
+        more = f" (and {len(everything) - 1} more)" if len(everything) > 1 else ""
+        raise RequestError(reason, f"{first.field}: {first.description}{more}", violations=everything)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Of a number. `integer` also rejects floats; a bool is no number."""
+
+    low: float
+    high: float = inf
+    low_open: bool = False
+    integer: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """None if the value is in the range, else the rule and the value."""
+        if self._accepts(value):
+            return None
+        return f"must be {self}, not {show(value)}"
+
+    def _accepts(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int if self.integer else (int, float)):
+            return False
+        if isinstance(value, float) and not isfinite(value):
+            return False
+        return (value > self.low if self.low_open else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        noun = "an integer" if self.integer else "a finite number"
+        above = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
+        if self.high == inf:
+            return f"{noun} {above}"
+        high = f"{self.high:.0f}" if self.integer else f"{self.high:g}"
+        return f"{noun} {above} and at most {high}"
+
+
+def param_ranges(limits: Limits, vocab_size: int) -> dict[str, Range]:
+    """Of the numbers in GenerationParams."""
+    return {
+        "max_new_tokens": Range(1, integer=True),
+        "max_length": Range(1, integer=True),
+        "min_new_tokens": Range(0, integer=True),
+        "min_length": Range(0, integer=True),
+        "max_time": Range(0, 86_400),
+        "temperature": Range(0),
+        "top_k": Range(0, integer=True),
+        "top_p": Range(0, 1),
+        "min_p": Range(0, 1),
+        "typical_p": Range(0, 1, low_open=True),
+        "seed": Range(0, 2**64 - 1, integer=True),
+        "num_return_sequences": Range(1, limits.max_num_return_sequences, integer=True),
+        "repetition_penalty": Range(0, low_open=True),
+        "frequency_penalty": Range(-2, 2),
+        "presence_penalty": Range(-2, 2),
+        "bos_token_id": Range(0, vocab_size - 1, integer=True),
+    }
+
+
+def output_ranges(limits: Limits) -> dict[str, Range]:
+    """Of the numbers in OutputOptions."""
+    return {
+        "logprobs": Range(0, limits.max_logprobs, integer=True),
+        "prompt_logprobs": Range(0, limits.max_logprobs, integer=True),
+        "stream_min_tokens": Range(1, 256, integer=True),
+        "stream_max_delay": Range(0, 10),
+    }
+
+
+LOGIT_BIAS: Final = Range(-100, 100)
+PRIORITY: Final = Range(-100, 100, integer=True)
+SAMPLING_NEUTRAL: Final[dict[str, Any]] = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1}
+"""Fields that act only when sampling, and the values at which they do nothing."""
+
+UNSUPPORTED_NEUTRAL: Final[dict[str, Any]] = {
+    "top_h": None,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "num_beams": 1,
+    "length_penalty": 1,
+    "early_stopping": EarlyStopping.FALSE,
+    "encoder_repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "sequence_bias": [],
+    "bad_words_ids": [],
+    "bad_words": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "allowed_token_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": [],
+    "exponential_decay_length_penalty": None,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "guidance_scale": 1,
+    "token_healing": False,
+    "prompt_lookup_num_tokens": 0,
+    "max_matching_ngram_size": 2,
+}
+"""Fields of GenerationParams that nothing honours yet, and the value that is honoured by doing nothing."""
+
+
+def supported_fields() -> list[str]:
+    """Every field that a request may set, as paths from GenerateRequest (GetModel.supported_fields)."""
+    names = GenerationParams.__struct_fields__
+    return [
+        "model",
+        "prompts.text",
+        "prompts.token_ids",
+        *(f"params.{name}" for name in names if name in SUPPORTED_PARAMS),
+        *(f"output.{name}" for name in OUTPUT_FIELDS),
+        *(f"prompt_options.{name}" for name in PROMPT_OPTION_FIELDS),
+        "cache.bypass_prefix_cache",
+        "cache.cache_salt",
+        "request_id",
+        "priority",
+    ]
+
+
+OUTPUT_FIELDS: Final = (
+    "include_prompt",
+    "return_text",
+    "return_token_ids",
+    "return_prompt_token_ids",
+    "skip_special_tokens",
+    "logprobs",
+    "logprob_kind",
+    "logprob_token_ids",
+    "prompt_logprobs",
+    "stream_min_tokens",
+    "stream_max_delay",
+    "return_resolved_options",
+)
+PROMPT_OPTION_FIELDS: Final = ("add_special_tokens", "split_special_tokens", "truncate_to_fit", "truncate_to_last")
+
+
+def check_ranges(violations: Violations, path: str, struct: Any, ranges: dict[str, Range]) -> set[str]:
+    """Checks the numbers of `struct` that are set. Returns the names of those that are wrong."""
+    wrong = set()
+    for name, allowed in ranges.items():
+        value = getattr(struct, name)
+        if value is not None and (problem := allowed.problem(value)) is not None:
+            violations.add(f"{path}.{name}", problem)
+            wrong.add(name)
+    return wrong
+
+
+def check_unsupported(violations: Violations, params: GenerationParams) -> None:
+    """Fields that nothing honours, unless unset or at the value that does nothing."""
+    for name, neutral in UNSUPPORTED_NEUTRAL.items():
+        value = getattr(params, name)
+        if value is None or (value == [] and name != "allowed_token_ids") or (neutral is not None and value == neutral):
+            continue
+        violations.add_unsupported(f"params.{name}")
+
+
+def check_token_ids(
+    violations: Violations, path: str, token_ids: Sequence[int], vocab_size: int, limit: int | None = None
+) -> bool:
+    """Count and range of ids. At most one violation per list; the count is looked at first."""
+    if limit is not None and len(token_ids) > limit:
+        violations.add(path, f"has {len(token_ids)} ids, the limit is {limit}")
+        return False
+    bad = first_bad_id(token_ids, vocab_size)
+    if bad is not None:
+        violations.add(
+            f"{path}[{bad}]", f"must be a token id below vocab_size {vocab_size}, not {show(token_ids[bad])}"
+        )
+        return False
+    return True
+
+
+def first_bad_id(token_ids: Sequence[int], vocab_size: int) -> int | None:
+    """Position of the first entry that is no id of the vocabulary."""
+    if not token_ids:
+        return None
+    try:
+        ids = np.asarray(token_ids)
+    except (ValueError, TypeError, OverflowError):
+        ids = np.empty(0)
+    if ids.dtype.kind in "iu" and ids.ndim == 1 and ids.min() >= 0 and ids.max() < vocab_size:
+        return None
+    allowed = Range(0, vocab_size - 1, integer=True)
+    for i, token_id in enumerate(token_ids):
+        if allowed.problem(token_id) is not None:
+            return i
+    return None
+
+
+def check_strings(violations: Violations, path: str, strings: Iterable[str], max_count: int, max_bytes: int) -> None:
+    """Stop strings: count, then each one's length in UTF-8."""
+    strings = list(strings)
+    if len(strings) > max_count:
+        violations.add(path, f"has {len(strings)} strings, the limit is {max_count}")
+        return
+    for i, string in enumerate(strings):
+        size = utf8_length(string, max_bytes)
+        if size is None:
+            violations.add(f"{path}[{i}]", "is not valid Unicode")
+        elif size == 0:
+            violations.add(f"{path}[{i}]", "must not be empty")
+        elif size > max_bytes:
+            violations.add(f"{path}[{i}]", f"has {size} bytes, the limit is {max_bytes}")
+
+
+def utf8_length(text: str, limit: int) -> int | None:
+    """Bytes of `text` (its characters, if these alone pass the limit); None if it holds a lone surrogate."""
+    if len(text) > limit:
+        return len(text)
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return None
+
+
+def show(value: Any) -> str:
+    """A parameter's value in an error text, cut short."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
