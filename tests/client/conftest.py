@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from client.fake_server import FakeServer, running
-
 from octavo.client import AsyncClient, Client
 
 

@@ -126,7 +126,7 @@ class FakeServer(
         self.deadlines.append(context.time_remaining())
         if self.refusals:
             refusal = self.refusals.pop(0)
-            await context.abort(refusal.code, refusal.message, trailing_metadata=refusal.trailers)
+            await context.abort(refusal.code, refusal.message, trailing_metadata=tuple(refusal.trailers))
 
     async def _forever(self) -> None:
         try:
@@ -149,8 +149,12 @@ class FakeServer(
 
     async def StreamGenerate(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self._arrived(request.request, context)
-        async for message in self._messages(request.request):
-            yield message
+        try:
+            async for message in self._messages(request.request):
+                yield message
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
 
     async def _messages(self, request: Any) -> AsyncIterator[Any]:
         yield generation_pb2.StreamGenerateResponse(
@@ -194,8 +198,12 @@ class FakeServer(
                     self.session_cancels.append(message.cancel.tag)
                     running[message.cancel.tag].cancel()
                 elif message.submit.request.prompts[0].text == "refuse":
-                    error = generation_pb2.RequestError(code=8, message="full", reason="QUEUE_FULL", retry_delay=Duration(seconds=2))
-                    await outgoing.put(generation_pb2.GenerateSessionResponse.Event(tag=message.submit.tag, error=error))
+                    error = generation_pb2.RequestError(
+                        code=8, message="full", reason="QUEUE_FULL", retry_delay=Duration(seconds=2)
+                    )
+                    await outgoing.put(
+                        generation_pb2.GenerateSessionResponse.Event(tag=message.submit.tag, error=error)
+                    )
                 else:
                     self.requests.append(message.submit.request)
                     running[message.submit.tag] = asyncio.create_task(answer(message.submit))
