@@ -58,15 +58,19 @@ class Child:
         return await self._process.wait()
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # Not Process.send_signal: it polls, and so takes the exit status away from whoever waits for it.
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def kill_with_stacks(self) -> None:
         """Lets it write all threads' stacks to stderr, even if it is stopped, and kills it."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGUSR1)
-            self._process.send_signal(signal.SIGCONT)
-            await asyncio.sleep(_DUMP_TIME)
+        self._signal(signal.SIGUSR1)
+        self._signal(signal.SIGCONT)
+        await asyncio.sleep(_DUMP_TIME)
         self.kill()
 
     def close(self) -> None:

@@ -39,6 +39,7 @@ class ClusterCalls:
     def start(self, caller: int, call: ClusterCall) -> None:
         call_id = self._next_id = self._next_id + 1
         asked = [slot for slot in self._slots if slot.ready is not None]
+        asked.sort(key=lambda slot: slot.number != caller)  # the caller's own answer comes first
         gathering = _Gathering(caller, call.call_id, {slot.number: None for slot in asked})
         self._calls[call_id] = gathering
         for slot in asked:

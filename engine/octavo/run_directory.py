@@ -33,6 +33,8 @@ class RunDirectory:
         self.path = Path(configured).absolute() if configured else _fresh_folder()
         longest = self.path / _LONGEST_NAME
         if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
+            if not configured:
+                self.path.rmdir()
             raise _usage(f"run directory {self.path}: path too long for unix sockets ({MAX_SOCKET_PATH} bytes)")
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -47,6 +49,7 @@ class RunDirectory:
             raise _usage(f"run directory {self.path}: in use by a running server") from None
         for path in self.path.glob("*.sock"):
             if is_listening(path):
+                os.close(self._lock)
                 raise _usage(f"run directory {self.path}: somebody listens on {path.name}")
             path.unlink()
 

@@ -80,7 +80,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
                 admin_address=server.admin_address or f"unix:{run_directory.path}/admin.sock",
             )
             limit_resources()
-            return asyncio.run(Supervisor(engine, server, run_directory).run())
+            return asyncio.run(_supervise(engine, server, run_directory))
     except StartupError as error:
         _complain(str(error))
         return error.exit_code
@@ -91,7 +91,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
 
 
 class Supervisor:
-    """Owns the children. One loop, no threads."""
+    """Owns the children. Made on its event loop; no threads."""
 
     def __init__(self, engine: EngineConfig, server: ServerConfig, run_directory: RunDirectory) -> None:
         self._engine = engine
@@ -340,6 +340,10 @@ class Supervisor:
             else:
                 self._core.kill()
         self._finish(0)
+
+
+async def _supervise(engine: EngineConfig, server: ServerConfig, run_directory: RunDirectory) -> int:
+    return await Supervisor(engine, server, run_directory).run()
 
 
 def say(text: str) -> None:

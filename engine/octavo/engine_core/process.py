@@ -4,7 +4,7 @@ Four threads, one owner for each thing:
 
     control    reads the supervisor's messages into the inbox; its end of file ends the process
     input      reads the front-ends' messages from the bound socket into the inbox
-    heartbeat  tells the supervisor once a second how many turns the loop has made
+    heartbeat  tells the supervisor once a second how many steps were made
     main       owns the engine core and the sockets to the front-ends:
                drain the inbox, step, send; waits on the inbox while there is no work
 
@@ -54,7 +54,7 @@ MAX_FRAME = 8 << 20
 PIPE_MESSAGES = 4096
 """Messages (steps) that may wait for one front-end before it counts as stalled."""
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("octavo.engine_core.process")
 
 
 class CoreProcess:
@@ -65,7 +65,7 @@ class CoreProcess:
         self._inbox: queue.SimpleQueue[ToCore | FrontendUp | FrontendDown | Shutdown] = queue.SimpleQueue()
         self._context = zmq.Context()
         self._pipes = FrontendPipes(self._context)
-        self._turns = 0
+        self._steps = 0
         self._busy = False
 
     def run(self) -> int:
@@ -92,7 +92,10 @@ class CoreProcess:
     def _build(self, start: StartCore) -> EngineCore:
         from octavo.engine_core.engine_core import EngineCore  # imports torch: seconds
 
-        return EngineCore(start.config, progress=lambda text: self._channel.send(Progress(text)))
+        return EngineCore(start.config, progress=self._tell)
+
+    def _tell(self, text: str) -> None:
+        self._channel.send(Progress(text))
 
     def _bind(self, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.PULL)
@@ -121,7 +124,7 @@ class CoreProcess:
                     logger.error("front-end %d does not take its messages: its requests end", frontend)
                     core.abort_frontend(frontend)
                     self._channel.send(FrontendStalled(frontend))
-            self._turns += 1
+            self._steps = core.num_steps
 
     def _handle(self, core: EngineCore, message: ToCore | FrontendUp | FrontendDown | Shutdown) -> bool:
         """False when the process is to end."""
@@ -129,6 +132,7 @@ class CoreProcess:
             return False
         if isinstance(message, FrontendUp):
             self._pipes.open(message.frontend, message.address)
+            core.frontends.add(message.frontend)  # so that it hears of the load before its first request
         elif isinstance(message, FrontendDown):
             self._pipes.close(message.frontend)
             core.abort_frontend(message.frontend)
@@ -160,7 +164,7 @@ class CoreProcess:
 
     def _beat(self) -> None:
         clock = threading.Event()
-        while self._channel.send(Heartbeat(steps=self._turns, busy=self._busy)):
+        while self._channel.send(Heartbeat(steps=self._steps, busy=self._busy)):
             clock.wait(1.0)
 
 
