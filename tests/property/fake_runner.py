@@ -176,12 +176,14 @@ class FakeRunner:
             table[column] = block
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        sources, destinations = [c[0] for c in copies], [c[1] for c in copies]
-        require(len(set(destinations)) == len(destinations), "two copies to one block:", copies)
-        require(not set(sources) & set(destinations), "copies depend on each other:", copies)
-        for source, destination in copies:
+        """In order or all at once: both must come to the same."""
+        written: set[int] = set()
+        contents = [self.cache[source].copy() for source, _ in copies]
+        for (source, destination), content in zip(copies, contents, strict=True):
             require(1 <= source <= self.num_blocks and 1 <= destination <= self.num_blocks, "bad copy:", copies)
-            self.cache[destination] = self.cache[source]
+            require(source not in written and destination not in written, "copies depend on their order:", copies)
+            written.add(destination)
+            self.cache[destination] = content
             self.num_copies += 1
 
     # --- the rows -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.scheduler import Scheduler
 from octavo.errors import Reason
-from octavo.ipc import AbortCause, EngineCoreOutputs, EngineCoreRequest
+from octavo.ipc import EngineCoreOutputs, EngineCoreRequest
 from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
 from octavo.types import FinishReason, GenerationParams, LogprobKind
 from property.fake_runner import FakePendingStep, FakeRunner, require
@@ -182,12 +182,12 @@ class Session:
             prompt_logprobs=spec.prompt_logprobs,
         )
 
-    def abort(self, frontend: int, keys: Iterable[int], cause: AbortCause = AbortCause.CLIENT) -> None:
+    def abort(self, frontend: int, keys: Iterable[int]) -> None:
         keys = list(keys)
         for key in keys:
             if (frontend, key) in self.sequences and self.sequences[frontend, key].alive:
                 self.sequences[frontend, key].aborted = True
-        self.scheduler.abort(frontend, keys, cause)
+        self.scheduler.abort(frontend, keys)
         self._check()
 
     def abort_frontend(self, frontend: int) -> None:
@@ -350,7 +350,8 @@ class Session:
         complete = len(sequence.received) == len(expected.token_ids)
         if reason == FinishReason.TIME:
             require(prompt.spec.max_time is not None and sequence.received, "TIME without a token or a max_time:", key)
-            require(self.now >= prompt.scheduled_time + prompt.spec.max_time, "TIME too early:", key)
+            limit = (prompt.scheduled_time or 0.0) + (prompt.spec.max_time or 0.0)
+            require(self.now >= limit, "TIME too early:", key)
         elif reason:
             wanted = expected.finish
             if wanted == FinishReason.LENGTH and prompt.spec.length_is_context:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.errors import Reason
-from octavo.ipc import AbortCause
 from property.session import PromptSpec, Session, random_prompt
 
 NUM_FRONTENDS = 3
@@ -96,13 +95,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def settle(self) -> None:
         self.session.settle()
 
-    @rule(pick=st.integers(0, 1 << 16), cause=st.sampled_from(AbortCause), several=st.booleans())
-    def abort(self, pick: int, cause: AbortCause, several: bool) -> None:
+    @rule(pick=st.integers(0, 1 << 16), several=st.booleans())
+    def abort(self, pick: int, several: bool) -> None:
         """Aborts sequences in any state, ended ones and unknown keys too."""
         names = self.session.alive() if pick % 4 else list(self.session.sequences)
         if names:
             frontend, key = names[pick % len(names)]
-            self.session.abort(frontend, [key, key + 1, 999_999] if several else [key], cause)
+            self.session.abort(frontend, [key, key + 1, 999_999] if several else [key])
 
     @rule(frontend=st.integers(0, NUM_FRONTENDS - 1))
     def frontend_dies(self, frontend: int) -> None:

@@ -10,7 +10,6 @@ import traceback
 
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.errors import Reason
-from octavo.ipc import AbortCause
 from property.session import PromptSpec, Session, random_prompt
 
 MAX_MODEL_LEN = 64
@@ -62,7 +61,7 @@ def act(session: Session, rng: random.Random) -> None:
         session.add(rng.randrange(NUM_FRONTENDS), [random_spec(rng) for _ in range(rng.choice([1, 1, 2]))])
     elif kind < 0.75 and names:
         frontend, key = rng.choice(names)
-        session.abort(frontend, [key, key + 1, 999_999] if rng.random() < 0.3 else [key], rng.choice(list(AbortCause)))
+        session.abort(frontend, [key, key + 1, 999_999] if rng.random() < 0.3 else [key])
     elif kind < 0.80 and session.alive():
         session.fail(*rng.choice(session.alive()), rng.choice([Reason.NON_FINITE_LOGITS, Reason.INTERNAL]))
     elif kind < 0.83:
