@@ -9,15 +9,8 @@ from octavo import log
 
 @pytest.fixture
 def pipe():
-    names = ["octavo", "asyncio", "py.warnings"]
-    before = [(logging.getLogger(n).handlers[:], logging.getLogger(n).propagate) for n in names]
-    pipe = log.configure("test")
-    yield pipe
-    pipe._writer.stop()
-    logging.captureWarnings(False)
-    for name, (handlers, propagate) in zip(names, before, strict=True):
-        logging.getLogger(name).handlers = handlers
-        logging.getLogger(name).propagate = propagate
+    yield log.configure("test")
+    log.unconfigure()
 
 
 def test_a_message_cannot_forge_a_line(pipe, capsys):

@@ -18,6 +18,7 @@ MAX_MESSAGE = 4096
 """Characters of a message; a traceback may have four times as many."""
 MAX_RECORDS = 4096
 """Records that may wait for stderr."""
+LOGGERS = ("octavo", "asyncio", "py.warnings")
 
 
 class _Formatter(logging.Formatter):
@@ -78,16 +79,23 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
 def configure(process: str, level: int = logging.INFO) -> LogPipe:
     """Sends the records of the `octavo` loggers to stderr under the name of this process. Called once, by its main."""
     pipe = LogPipe(process)
-    root = logging.getLogger("octavo")
-    root.setLevel(level)
-    root.propagate = False
-    root.handlers = [pipe]
+    logging.getLogger("octavo").setLevel(level)
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.handlers = [pipe]
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").addHandler(pipe)
-    asyncio_log = logging.getLogger("asyncio")
-    asyncio_log.propagate = False
-    asyncio_log.handlers = [pipe]
     return pipe
+
+
+def unconfigure() -> None:
+    """Writes out what `configure`'s handler still has and removes it."""
+    flush()
+    logging.captureWarnings(False)
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.propagate = True
+        logger.handlers = []
 
 
 def flush() -> None:

@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Runs the server until a signal or a failure ends it. Returns the exit status of the command line."""
-    pipe = log.configure("supervisor")
+    log.configure("supervisor")
     try:
         with contextlib.ExitStack() as stack:
             engine, server = _checked(engine, server)
@@ -87,7 +87,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        pipe.flush()
+        log.unconfigure()
 
 
 class Supervisor:
