@@ -30,8 +30,8 @@ class Group:
     """
 
     __slots__ = (
-        "announced", "group_id", "held_blocks", "held_members", "num_alive", "num_prompt_logprobs", "num_unforked",
-        "prompt", "spec", "start_time",
+        "announced", "cached_tokens", "group_id", "held_blocks", "held_members", "num_alive",
+        "num_prompt_logprobs", "num_slots", "num_unforked", "prompt", "spec", "start_time",
     )  # fmt: skip
 
     def __init__(self, group_id: int, spec: EngineCoreRequest) -> None:
@@ -39,6 +39,8 @@ class Group:
         self.spec = spec
         self.prompt: Int32s = np.frombuffer(spec.prompt_token_ids, np.int32)
         self.num_alive = spec.num_sequences
+        self.num_slots = 0
+        """Slots its sequences occupy, ended ones in flight included."""
         self.held_members: list[Request] = []
         """HELD sequences, in order."""
         self.held_blocks: list[int] = []
@@ -46,6 +48,8 @@ class Group:
         """Sequences that may still fork from `held_blocks`."""
         self.start_time: float | None = None
         """When its first step was scheduled; None: still in the queue."""
+        self.cached_tokens = 0
+        """Prompt tokens that were found in the prefix cache."""
         self.announced = False
         """PromptStarted is out."""
         self.num_prompt_logprobs = 0
@@ -56,7 +60,7 @@ class Request:
     """One sequence. Owned by the scheduler; while it runs, its tokens and counters live in the RunningBatch."""
 
     __slots__ = (
-        "arrival", "block_hashes", "cached_tokens", "forks", "frontend", "group", "key", "num_preemptions", "row",
+        "arrival", "block_hashes", "forks", "frontend", "group", "key", "num_preemptions", "row",
         "slot", "status", "token_ids",
     )  # fmt: skip
 
@@ -75,8 +79,6 @@ class Request:
         """Prompt and output so far, as of the last time it was not running."""
         self.block_hashes: list[bytes] = []
         """Chained hashes of its leading full blocks, as far as they were needed."""
-        self.cached_tokens = 0
-        """Prompt tokens found in the prefix cache at first admission."""
         self.num_preemptions = 0
 
     @property

@@ -30,6 +30,8 @@ class RunningBatch:
         """Launched steps that contain the slot."""
         self.live: Bools = np.zeros(size, np.bool_)
         """Still wants tokens; false once it ended."""
+        self.announces: Bools = np.zeros(size, np.bool_)
+        """May be the one whose first token tells that its prompt is computed."""
         self.frontend: Int32s = np.zeros(size, np.int32)
         self.key: npt.NDArray[np.int64] = np.zeros(size, np.int64)
         self.end_time: npt.NDArray[np.float64] = np.full(size, np.inf)
@@ -75,10 +77,12 @@ class RunningBatch:
         self.max_total[slot] = spec.max_total_tokens
         self.in_flight[slot] = 0
         self.live[slot] = True
+        self.announces[slot] = not request.group.announced
         self.frontend[slot] = request.frontend
         self.key[slot] = request.key
         self.length_is_context[slot] = spec.length_is_context
         request.slot = slot
+        request.group.num_slots += 1
         self._running[slot] = None
         self._order = None
         return slot
@@ -100,7 +104,9 @@ class RunningBatch:
         """Empties the slot. No launched step may contain it."""
         assert self.in_flight[slot] == 0, f"slot {slot} is in flight"
         self.stop(slot)
-        self.request_at(slot).slot = -1
+        request = self.request_at(slot)
+        request.slot = -1
+        request.group.num_slots -= 1
         self.requests[slot] = None
         self.live[slot] = False
         self.num_timed -= int(self.end_time[slot] < np.inf)

@@ -127,7 +127,10 @@ class Scheduler:
             if not self.batch.in_flight[request.slot]:
                 self._vacate(request.slot)
         group.num_alive -= 1
-        if not group.num_alive:
+        self._release_if_gone(group)
+
+    def _release_if_gone(self, group: Group) -> None:
+        if not group.num_alive and not group.num_slots:
             self._released_groups.append(group.group_id)
 
     def _end_reported(self, request: Request, *, forget: bool = False) -> None:
@@ -303,7 +306,7 @@ class Scheduler:
         group, spec = request.group, request.spec
         if group.start_time is None:
             group.start_time = now
-            request.cached_tokens = num_cached
+            group.cached_tokens = num_cached
             self.meter.total.cache_queries += request.num_tokens
             self.meter.total.cache_hits += num_cached
         if spec.params.max_time is not None:
@@ -313,7 +316,7 @@ class Scheduler:
 
     def _new_request(self, request: Request, num_computed: int) -> NewRequest:
         group, spec = request.group, request.spec
-        wants_prompt = spec.prompt_logprobs is not None and group.num_prompt_logprobs < len(group.prompt) - 1
+        wants_prompt = not request.forks and group.num_prompt_logprobs < len(group.prompt) - 1
         return NewRequest(
             slot=request.slot,
             group_id=group.group_id,
@@ -386,11 +389,9 @@ class Scheduler:
                 self._fail(batch.request_at(int(slots[row])), reason, forget=True)
         rows = np.flatnonzero(step.samples & (output.token_ids >= 0) & batch.live[slots]).astype(np.int32)
         tokens = self._append_tokens(step, output, rows, now)
-        if step.num_decode_rows < step.num_rows or step.new_requests:
-            self._announce(step, rows)
+        self._announce(slots[rows])
         for values in output.prompt_logprobs:
-            if batch.live[slots[values.row]]:
-                self._send_prompt_logprobs(batch.request_at(int(slots[values.row])), values)
+            self._send_prompt_logprobs(batch.requests[int(slots[values.row])], values)
         self._index_full_blocks(step)
         for row in rows[tokens.finish != 0].tolist():
             self._end_reported(batch.request_at(int(slots[row])))
@@ -420,30 +421,28 @@ class Scheduler:
             computed = int(step.num_computed[row] + step.num_scheduled[row])
             self.kv.index(slot, self.batch.request_at(slot), self.batch.token_ids[slot], computed)
 
-    def _announce(self, step: SchedulerOutput, rows: Int32s) -> None:
+    def _announce(self, slots: Int32s) -> None:
         """Tells the front-ends of prompts whose first token is here."""
-        entered = {new.slot for new in step.new_requests}
-        for row in rows.tolist():
-            slot = int(step.slots[row])
-            if row < step.num_decode_rows and slot not in entered:
-                continue
+        for slot in slots[self.batch.announces[slots]].tolist():
+            self.batch.announces[slot] = False
             request = self.batch.request_at(slot)
             group = request.group
             if not group.announced:
                 group.announced = True
                 assert group.start_time is not None
-                self._events.of(request.frontend).started.append(
-                    PromptStarted(group.spec.key, group.start_time, request.cached_tokens)
-                )
+                started = PromptStarted(group.spec.key, group.start_time, group.cached_tokens)
+                self._events.of(request.frontend).started.append(started)
 
-    def _send_prompt_logprobs(self, request: Request, values: PromptLogprobs) -> None:
+    def _send_prompt_logprobs(self, request: Request | None, values: PromptLogprobs) -> None:
+        """They are the prompt's: wanted as long as any of its sequences is, though the one that computed them ended."""
+        if request is None or not request.group.num_alive:
+            return
         group = request.group
         skip = group.num_prompt_logprobs + 1 - values.start
-        if skip >= len(values.chosen):
-            return
-        group.num_prompt_logprobs += len(values.chosen) - skip
-        columns = prompt_logprob_columns(group.spec.key, values, skip)
-        self._events.of(request.frontend).prompt_logprobs.append(columns)
+        if skip < len(values.chosen):
+            group.num_prompt_logprobs += len(values.chosen) - skip
+            columns = prompt_logprob_columns(group.spec.key, values, skip)
+            self._events.of(request.frontend).prompt_logprobs.append(columns)
 
     def _vacate_landed(self, slots: Int32s) -> None:
         """Empties slots that were only waiting for this step: ended, or preempted in flight."""
@@ -452,8 +451,10 @@ class Scheduler:
             if not batch.in_flight[slot]:
                 self._requeue(batch.request_at(slot))
         for slot in slots[(batch.in_flight[slots] == 0) & ~batch.live[slots]].tolist():
-            if batch.requests[slot] is not None:
+            request = batch.requests[slot]
+            if request is not None:
                 self._vacate(slot)
+                self._release_if_gone(request.group)
 
     def fail_step(self, step: SchedulerOutput, reason: Reason, now: float) -> dict[int, EngineCoreOutputs]:
         """The step could not be computed: all of its requests fail, with their siblings, who share what it wrote."""
