@@ -122,7 +122,7 @@ def _total(
         if total <= prompt_len:
             problems.exceeded(
                 path,
-                f"has {prompt_len} tokens and leaves no room; with max_new_tokens set {context.max_model_len} tokens fit",
+                f"has {prompt_len} tokens, which leaves no room to generate unless max_new_tokens is set",
                 limit=context.default_total,
                 got=prompt_len + 1,
                 prompt_index=index,
@@ -131,7 +131,7 @@ def _total(
     if total > context.max_model_len:
         problems.exceeded(
             field,
-            f"makes a total of {total} tokens with the {prompt_len} of prompt {index}, the limit is {context.max_model_len}",
+            f"makes {total} tokens with the {prompt_len} of prompt {index}, the limit is {context.max_model_len}",
             limit=context.max_model_len,
             got=total,
             prompt_index=index,

@@ -59,6 +59,7 @@ class RequestChecker:
         self._check_output(violations, request.output)
         self._check_prompt_options(violations, request.prompt_options)
         params = resolve_params(request.params, self._model.checkpoint_params)
+        _check_exclusions(violations, request.params)
         if not wrong:
             self._check_combinations(violations, request.params, params)
         violations.raise_if_any()
@@ -194,12 +195,6 @@ class RequestChecker:
             violations.add("prompt_options.truncate_to_fit", "excludes truncate_to_last")
 
     def _check_combinations(self, violations: Violations, own: GenerationParams, resolved: GenerationParams) -> None:
-        if own.max_new_tokens is not None and own.max_length is not None:
-            violations.add("params.max_length", "excludes max_new_tokens")
-        if own.min_new_tokens is not None and own.min_length is not None:
-            violations.add("params.min_length", "excludes min_new_tokens")
-        if own.ignore_eos and own.eos_token_id is not None:
-            violations.add("params.ignore_eos", "excludes eos_token_id")
         if resolved.max_length is None and resolved.min_new_tokens is not None:
             longest = resolved.max_new_tokens or DEFAULT_NEW_TOKENS
             if resolved.min_new_tokens > longest:
@@ -233,6 +228,15 @@ class RequestChecker:
                 f"prompts times num_return_sequences is {total}, the limit is {self._limits.max_sequences} sequences",
                 metadata={"max": str(self._limits.max_sequences), "got": str(total)},
             )
+
+
+def _check_exclusions(violations: Violations, own: GenerationParams) -> None:
+    if own.max_new_tokens is not None and own.max_length is not None:
+        violations.add("params.max_length", "excludes max_new_tokens")
+    if own.min_new_tokens is not None and own.min_length is not None:
+        violations.add("params.min_length", "excludes min_new_tokens")
+    if own.ignore_eos and own.eos_token_id is not None:
+        violations.add("params.ignore_eos", "excludes eos_token_id")
 
 
 def _check_bools(violations: Violations, path: str, struct: Any, names: tuple[str, ...]) -> set[str]:
