@@ -1,0 +1,153 @@
+"""`LLM`: offline batches. The engine in this process, called like the client, without gRPC or other processes.
+
+from octavo.llm import LLM
+llm = LLM("demo")
+print(llm.generate("I met a traveller from an antique land, who said", max_new_tokens=64).text)
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from octavo import checkpoint
+from octavo.client.params import Call, Prompts, build
+from octavo.client.results import Collector, Response, shaped
+from octavo.config import CacheConfig, EngineConfig, Limits, ModelConfig, SchedulerConfig
+from octavo.engine_core.engine_core import EngineCore, Runner
+from octavo.errors import Code, Reason, RequestError
+from octavo.frontend.input_processor import InputProcessor, ProcessedRequest
+from octavo.frontend.model import FrontendModel
+from octavo.frontend.output_processor import OutputProcessor
+from octavo.frontend.request_state import RequestState
+from octavo.ipc import AbortCause, AbortSequences, AddRequests, EngineCoreOutputs
+from octavo.server import convert, fields
+from octavo.types import EngineInfo
+
+_FRONTEND = 0
+_FOREVER = 1e9
+_MANY = 1 << 30
+OFFLINE_LIMITS = Limits(max_prompts=_MANY, max_sequences=_MANY, max_prompt_bytes=_MANY, max_send_message_bytes=_MANY)
+
+
+class LLM:
+    """A loaded checkpoint that completes batches of prompts by continuous batching.
+
+    Keywords are the fields of ModelConfig, CacheConfig and SchedulerConfig, such as `device`, `dtype`,
+    `quantization`, `num_threads`, `block_size`, `memory`, `max_num_requests`. Raises StartupError when the checkpoint
+    or the device cannot be used, TypeError for an unknown keyword. Not thread-safe.
+    """
+
+    def __init__(self, model: str = checkpoint.DEMO, *, runner: Runner | None = None, **options: Any) -> None:
+        path = checkpoint.resolve(model)
+        own: list[dict[str, Any]] = []
+        for config in (ModelConfig, CacheConfig, SchedulerConfig):
+            names = set(config.__struct_fields__) - {"path", "name"}
+            own.append({name: options.pop(name) for name in names & set(options)})
+        if options:
+            raise TypeError(f"unknown keyword {min(options)}")
+        self._config = EngineConfig(
+            model=ModelConfig(path=str(path), name=model, **own[0]),
+            cache=CacheConfig(**own[1]),
+            scheduler=SchedulerConfig(**{"max_queue_time": _FOREVER, **own[2]}),
+        )
+        self._model = FrontendModel.load(path, model, self._config.scheduler.max_model_len)
+        self._inputs = InputProcessor(self._model, OFFLINE_LIMITS, cache_secret=secrets.token_bytes(32))
+        self._outputs = OutputProcessor(self._model.tokenizer)
+        self._core = EngineCore(self._config, runner=runner)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the loaded engine."""
+        return self._core.info
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine core, for benchmarks and tests."""
+        return self._core
+
+    def generate(self, prompts: Prompts = None, **keywords: Any) -> Any:
+        """Completes a prompt (str or token ids) or a list of prompts; keywords and results as `Client.generate`.
+
+        Raises TypeError for an unknown keyword, ValueError naming field, limit and value for a bad one, RequestError
+        for what fails while generating.
+        """
+        call = build(prompts, keywords)
+        return shaped(self._run([call])[0], call.single)
+
+    def generate_each(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Completes requests with parameters of their own in one batch: each a mapping of keywords with "prompt".
+
+        Results in order, each as `generate` would return it.
+        """
+        calls = [build(request["prompt"], {k: v for k, v in request.items() if k != "prompt"}) for request in requests]
+        return [shaped(response, call.single) for response, call in zip(self._run(calls), calls, strict=True)]
+
+    def close(self) -> None:
+        """Frees the model and its cache."""
+        self._core.close()
+
+    def _run(self, calls: Sequence[Call]) -> list[Response]:
+        processed = [self._process(call) for call in calls]  # all checks come before any work
+        states = []
+        for request in processed:
+            states.append(self._outputs.add(request))
+            self._core.handle(AddRequests(_FRONTEND, request.core_requests))
+        try:
+            while self._core.has_work:
+                self._step()
+        finally:
+            self._abort_unfinished(states)
+        return [
+            self._response(call, request, state) for call, request, state in zip(calls, processed, states, strict=True)
+        ]
+
+    def _process(self, call: Call) -> ProcessedRequest:
+        try:
+            request = fields.read_request(call.message)
+            return self._inputs.process(request, arrival_time=time.monotonic(), info=self._core.info)
+        except RequestError as error:
+            if error.code is not Code.INVALID_ARGUMENT:
+                raise
+            problems = "; ".join(f"{v.field}: {v.description}" for v in error.violations)
+            raise ValueError(problems or error.message) from error
+
+    def _step(self) -> None:
+        for message in self._core.step().get(_FRONTEND, []):
+            if isinstance(message, EngineCoreOutputs):
+                _, stopped = self._outputs.process(message, time.monotonic())
+                if stopped:
+                    self._core.handle(AbortSequences(_FRONTEND, stopped, AbortCause.STOP_STRING))
+
+    def _abort_unfinished(self, states: Sequence[RequestState]) -> None:
+        """After an exception or an interrupt: the next call must find an empty engine."""
+        interrupted = RequestError(Reason.CLIENT_CANCELLED, "the call was interrupted")
+        keys = [key for state in states if not state.ended for key in self._outputs.fail(state, interrupted)]
+        if keys:
+            self._core.handle(AbortSequences(_FRONTEND, keys, AbortCause.CLIENT))
+            while self._core.has_work:
+                self._core.step()
+
+    def _response(self, call: Call, request: ProcessedRequest, state: RequestState) -> Response:
+        if state.error is not None:
+            raise state.error
+        update = state.take(time.monotonic())
+        assert update is not None
+        collector = Collector(call.request_id)
+        collector.add(
+            convert.generate_response(
+                update, request_id=call.request_id, model=self._model.name, options=request.resolved
+            )
+        )
+        return collector.response()
