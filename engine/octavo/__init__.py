@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +15,5 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """`octavo.LLM` without loading the engine where only the client is wanted."""
     if name == "LLM":
-        from octavo.llm import LLM
-
-        return LLM
+        return importlib.import_module("octavo.llm").LLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
