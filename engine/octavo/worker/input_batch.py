@@ -56,8 +56,8 @@ class InputBatchBuilder:
         self._states = states
         self._device = device
 
-    def build(self, step: SchedulerOutput) -> InputBatch:
-        """The batch of a step whose diff has been applied to the states.
+    def build(self, step: SchedulerOutput, sampling_rows: npt.NDArray[np.int64]) -> InputBatch:
+        """The batch of a step whose diff has been applied to the states; sampling_rows [S] get logits.
 
         A row whose request has ended (a step launched before that was known) is muted: it computes its tokens at
         position 0 of the null block, where nobody reads.
@@ -80,7 +80,6 @@ class InputBatchBuilder:
         block_tables = states.block_table[slots, : -(-int(seq_lens.max()) // block_size)]
         block_tables[muted] = 0
         block_tables[np.arange(block_tables.shape[1]) * block_size >= seq_lens[:, None]] = 0
-        samples = step.samples & ~muted
         blocks = block_tables[rows, positions // block_size].astype(np.int64)
         return InputBatch(
             input_ids=self._tensor(states.hist[slots[rows], positions].astype(np.int64)),
@@ -90,7 +89,7 @@ class InputBatchBuilder:
             seq_lens=self._tensor(seq_lens),
             block_tables=self._tensor(block_tables),
             num_decode_rows=step.num_decode_rows,
-            logits_indices=self._tensor(starts[1:][samples].astype(np.int64) - 1),
+            logits_indices=self._tensor(starts[1:][sampling_rows].astype(np.int64) - 1),
             query_start_loc_np=starts,
             seq_lens_np=seq_lens,
             block_tables_np=block_tables,

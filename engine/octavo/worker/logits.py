@@ -71,25 +71,19 @@ def _penalize_output(scores: Tensor, rows: Int64s, slots: Int32s, states: Reques
 
     Not in transformers; as the parameters of these names of OpenAI's completions API.
     """
-    prompt_len = states.prompt_len[slots][:, None]
-    num_output = states.length[slots][:, None] - prompt_len
-    width = int(num_output.max())
-    if width == 0:
-        return
-    columns = np.arange(width)
-    is_output = columns < num_output
-    # A column past the end counts nothing and stands for the first token of all: it writes what that token gets anyway.
-    token_ids = states.hist[slots[:, None], np.where(is_output, prompt_len + columns, 0)].astype(np.int64)
-    vocab_size = scores.shape[1]
-    token_index = _tensor(token_ids, scores)
-    counts = torch.zeros((len(rows), vocab_size), device=scores.device)
-    counts.scatter_add_(1, token_index, _tensor(is_output.astype(np.float32), scores))
-    count = counts.gather(1, token_index)
-    frequency = _tensor(states.sampling.frequency_penalty[slots][:, None], scores)
-    presence = _tensor(states.sampling.presence_penalty[slots][:, None], scores)
-    index = _tensor(token_ids + rows[:, None] * vocab_size, scores)
+    ids: list[Int64s] = []
+    counts: list[Float32s] = []
+    for slot in slots.tolist():
+        output = states.hist[slot, states.prompt_len[slot] : states.length[slot]]
+        row_ids, row_counts = np.unique(output, return_counts=True)
+        ids.append(row_ids.astype(np.int64))
+        counts.append(row_counts.astype(np.float32))
+    lengths = [len(row_ids) for row_ids in ids]
+    frequency = np.repeat(states.sampling.frequency_penalty[slots], lengths) * np.concatenate(counts)
+    presence = np.repeat(states.sampling.presence_penalty[slots], lengths)
+    index = _flat_index(scores, rows, ids)
     flat = scores.view(-1)
-    flat[index] = flat[index] - frequency * count - presence * (count > 0)
+    flat[index] = flat[index] - _tensor(frequency, scores) - _tensor(presence, scores)
 
 
 def _ban_end_before_minimum(scores: Tensor, rows: Int64s, slots: Int32s, states: RequestStates) -> None:

@@ -113,13 +113,13 @@ class RequestStates:
     def apply(self, step: SchedulerOutput) -> None:
         """Brings the state up to the step's beginning, in the order that SchedulerOutput prescribes."""
         for slot in step.freed_slots:
-            self._free(slot)
+            self.free(slot)
         for request in step.new_requests:
             self._add(request)
         if len(step.block_slots):
             self.block_table[step.block_slots, step.block_columns] = step.block_ids
 
-    def _free(self, slot: int) -> None:
+    def free(self, slot: int) -> None:
         """Old tokens and blocks stay where they are: a row reads only what its request has written."""
         self.length[slot] = 0
         self.finished[slot] = 0
@@ -130,7 +130,7 @@ class RequestStates:
 
     def _add(self, request: NewRequest) -> None:
         slot, length = request.slot, len(request.token_ids)
-        self._free(slot)
+        self.free(slot)
         self.hist[slot, :length] = request.token_ids
         self.hist[slot, length:] = 0
         self.length[slot] = length

@@ -1,0 +1,44 @@
+"""Where the model runs, and in which number format. Nothing is papered over: what was asked for is had, or an error."""
+
+from __future__ import annotations
+
+import torch
+
+from octavo.checkpoint import ModelSpec
+from octavo.config import ModelConfig
+from octavo.errors import StartupError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`: "auto", "cpu" or "cuda". Raises StartupError (DEVICE, USAGE)."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise StartupError(StartupError.USAGE, f'device {name!r}: must be "auto", "cpu" or "cuda"')
+    if torch.cuda.is_available():
+        return torch.device("cuda:0")
+    cause = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU or no driver"
+    raise StartupError(StartupError.DEVICE, f"device cuda: {cause}; --device cpu, or auto, runs on the CPU")
+
+
+def choose_dtype(config: ModelConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """The dtype of weights, activations and cache. Raises StartupError (USAGE)."""
+    name = config.dtype
+    if name == "auto":
+        name = spec.dtype or spec.torch_dtype or "float32"
+        dtype = DTYPES.get(name, torch.float32)
+        return torch.bfloat16 if device.type == "cpu" and dtype is torch.float16 else dtype
+    if name not in DTYPES:
+        raise StartupError(StartupError.USAGE, f"dtype {name!r}: must be auto, {', '.join(DTYPES)}")
+    if name == "float16" and device.type == "cpu":
+        raise StartupError(StartupError.USAGE, "dtype float16: not on the CPU; bfloat16 is as small, and fast there")
+    return DTYPES[name]
+
+
+def describe_device(device: torch.device) -> str:
+    """ "cpu", or "cuda:0 (NVIDIA H100 ...)"."""
+    return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"

@@ -1,0 +1,248 @@
+"""Runs the steps that the scheduler decides: model, cache, request states and sampler, on one device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.checkpoint import ModelSpec, read_spec
+from octavo.config import CacheConfig, EngineConfig
+from octavo.errors import Reason, StartupError
+from octavo.step import Int32s, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
+from octavo.types import EngineInfo, GenerationParams
+from octavo.worker.device import choose_device, choose_dtype, describe_device
+from octavo.worker.gpt2 import GPT2
+from octavo.worker.input_batch import InputBatch, InputBatchBuilder
+from octavo.worker.kv_cache import KVCache
+from octavo.worker.logprobs import gather_prompt_logprobs, join_prompt_logprobs
+from octavo.worker.noise import Noise
+from octavo.worker.request_states import Int64s, RequestStates
+from octavo.worker.sampler import Sampler
+from octavo.worker.weights import load_weights
+
+DEFAULT_CPU_CACHE = 1 << 30
+"""Bytes of the KV-cache on the CPU unless configured."""
+CUDA_RESERVE = 1 << 30
+"""Bytes of a GPU left for activations, logits and libraries."""
+PROMPT_LOGPROB_ROWS = 64
+"""Positions whose whole rows of logits are held at once for prompt logprobs: 26 MB at GPT-2's vocabulary."""
+WARM_UP_TOKENS = 16
+
+
+class PendingStep:
+    """A launched step. It has been computed already: until the state lives on the device, launching is computing."""
+
+    def __init__(self, compute: Callable[[], ModelRunnerOutput]) -> None:
+        self._error: Exception | None = None
+        try:
+            self._output = compute()
+        except Exception as error:
+            self._error = error
+
+    def result(self) -> ModelRunnerOutput:
+        """Raises what went wrong in the step, if it did: none of its tokens count then."""
+        if self._error is not None:
+            raise self._error
+        return self._output
+
+
+class ModelRunner:
+    """The worker of an engine core: loads a checkpoint, then computes steps in the order in which they come."""
+
+    def __init__(self, config: EngineConfig, progress: Callable[[str], None]) -> None:
+        """Loads the weights, allocates the cache and warms up. Raises StartupError.
+
+        Args:
+            progress: told of each stage, one line for people.
+        """
+        path = Path(config.model.path)
+        spec = read_spec(path)
+        device = choose_device(config.model.device)
+        dtype = choose_dtype(config.model, spec, device)
+        if config.model.quantization is not None and device.type != "cpu":
+            raise StartupError(StartupError.USAGE, "quantization: on the CPU only")
+        if config.model.num_threads:
+            torch.set_num_threads(config.model.num_threads)
+        max_model_len = _max_model_len(config, spec)
+        weights = load_weights(path, spec, device=device, dtype=dtype, progress=progress)
+        self._model = GPT2(spec, weights.tensors, device=device, dtype=dtype, quantization=config.model.quantization)
+        self.num_blocks = _num_blocks(config, spec, device, dtype, max_model_len)
+        block_size = config.cache.block_size
+        self._kv_cache = KVCache(spec, self.num_blocks, block_size, device=device, dtype=dtype)
+        progress(f"KV-cache: {self.num_blocks} blocks of {block_size} tokens")
+        self._states = RequestStates(config.scheduler.max_num_requests, spec.n_positions, block_size, spec.vocab_size)
+        self._noise = Noise(spec.vocab_size, device)
+        self._sampler = Sampler(self._states, self._noise)
+        self._batches = InputBatchBuilder(self._states, device)
+        self.info = EngineInfo(
+            model=config.model.name,
+            architecture="GPT2LMHeadModel",
+            weights_sha256=weights.sha256,
+            dtype=str(dtype).removeprefix("torch."),
+            device=describe_device(device),
+            attention_backend=self._model.attention_backend,
+            kv_cache_dtype=str(dtype).removeprefix("torch."),
+            num_parameters=weights.num_parameters,
+            vocab_size=spec.vocab_size,
+            n_positions=spec.n_positions,
+            block_size=block_size,
+            num_blocks=self.num_blocks,
+            max_num_requests=config.scheduler.max_num_requests,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            batch_invariant=False,
+            start_time=time.time(),
+        )
+        self._warm_up(min(WARM_UP_TOKENS, spec.n_positions - 1))
+        progress("warm")
+
+    def submit(self, step: SchedulerOutput) -> PendingStep:
+        """Launches a step; steps take effect in the order of the calls."""
+        self._states.apply(step)
+        for group_id in step.released_groups:
+            self._noise.close(group_id)
+        for request in step.new_requests:
+            if request.params.do_sample:
+                self._noise.open(request.group_id, request.seed, request.num_rows)
+        return PendingStep(lambda: self._compute(step))
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        del self._model, self._kv_cache
+
+    @torch.inference_mode()
+    def _compute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        states, slots = self._states, step.slots
+        rows = np.flatnonzero(step.samples & (states.finished[slots] == 0))
+        batch = self._batches.build(step, rows)
+        if step.block_copies:
+            self._kv_cache.copy_blocks(step.block_copies)
+        hidden = self._model.forward(batch, self._kv_cache)
+        states.num_computed[slots] = step.num_computed + step.num_scheduled
+        output = ModelRunnerOutput(np.full(len(slots), -1, np.int32), np.zeros(len(slots), np.uint8))
+        if states.prompt_logprobs:
+            output.prompt_logprobs = self._prompt_logprobs(step, batch, hidden)
+        if len(rows):
+            self._choose(self._model.logits(hidden[batch.logits_indices]), slots, rows, output)
+        return output
+
+    def _choose(self, logits: Tensor, slots: Int32s, rows: Int64s, output: ModelRunnerOutput) -> None:
+        """Samples the rows [S] of a step and appends the tokens to their requests."""
+        states = self._states
+        chosen = self._sampler.sample(logits, slots[rows])
+        if chosen.failed:
+            output.failed = [(int(rows[i]), reason) for i, reason in chosen.failed]
+            states.fail(slots[[row for row, _ in output.failed]])
+        if chosen.logprobs is not None:
+            chosen.logprobs.rows = rows[chosen.logprobs.rows].astype(np.int32)
+            output.logprobs = chosen.logprobs
+        output.token_ids[rows] = chosen.token_ids
+        alive = rows[chosen.token_ids >= 0] if chosen.failed else rows
+        output.finish[alive] = states.append(slots[alive], output.token_ids[alive])
+        for row in rows[states.finished[slots[rows]] != 0].tolist():
+            slot = slots[row]
+            self._noise.row_ended(int(states.group_id[slot]), int(states.group_row[slot]))
+
+    def _prompt_logprobs(self, step: SchedulerOutput, batch: InputBatch, hidden: Tensor) -> list[PromptLogprobs]:
+        """Values of the prompt tokens that follow this step's positions, for the requests that asked."""
+        states = self._states
+        found = []
+        for row, slot in enumerate(step.slots.tolist()):
+            num_top = states.prompt_logprobs.get(slot)
+            first = int(step.num_computed[row])
+            count = min(int(step.num_scheduled[row]), int(states.prompt_len[slot]) - 1 - first)
+            if num_top is None or count <= 0 or states.finished[slot]:
+                continue
+            begin = int(batch.query_start_loc_np[row])
+            parts = []
+            for offset in range(0, count, PROMPT_LOGPROB_ROWS):
+                size = min(PROMPT_LOGPROB_ROWS, count - offset)
+                logits = self._model.logits(hidden[begin + offset : begin + offset + size])
+                next_ids = states.hist[slot, first + offset + 1 : first + offset + size + 1]
+                parts.append(gather_prompt_logprobs(logits, next_ids, num_top))
+            found.append(join_prompt_logprobs(row, first + 1, parts))
+        return found
+
+    def _warm_up(self, num_tokens: int) -> None:
+        """A prompt and a token, so that libraries are loaded and buffers exist; also that the weights make sense."""
+        request = NewRequest(
+            slot=0,
+            group_id=-1,
+            row=0,
+            num_rows=1,
+            token_ids=np.zeros(num_tokens, np.int32),
+            prompt_len=num_tokens,
+            num_computed_tokens=0,
+            block_ids=np.arange(1, 2 + num_tokens // self._states.block_size, dtype=np.int32),
+            params=GenerationParams(do_sample=True, top_k=50),
+            max_total_tokens=num_tokens + 2,
+            eos_token_ids=(),
+            stop_token_ids=(),
+            seed=0,
+        )
+        steps = [_single_row_step(0, num_tokens, [request]), _single_row_step(num_tokens, 1, [])]
+        for step in steps:
+            if (failed := self.submit(step).result().failed) and failed[0][1] is Reason.NON_FINITE_LOGITS:
+                raise StartupError(StartupError.CHECKPOINT, "the weights give logits that are not finite")
+        self._states.free(0)
+        self._noise.close(-1)
+
+
+def _single_row_step(num_computed: int, num_tokens: int, new_requests: list[NewRequest]) -> SchedulerOutput:
+    return SchedulerOutput(
+        step_id=0,
+        slots=np.zeros(1, np.int32),
+        num_computed=np.array([num_computed], np.int32),
+        num_scheduled=np.array([num_tokens], np.int32),
+        samples=np.ones(1, np.bool_),
+        num_decode_rows=int(num_tokens == 1),
+        new_requests=new_requests,
+    )
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    longest = spec.n_positions + 1
+    asked = config.scheduler.max_model_len or longest
+    if not 2 <= asked <= longest:
+        raise StartupError(StartupError.USAGE, f"max-model-len {asked}: must be from 2 to {longest} for this model")
+    return asked
+
+
+def _num_blocks(
+    config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, max_model_len: int
+) -> int:
+    """Usable blocks: as configured, or as many as fit the memory and could ever be used.
+
+    Raises StartupError when not even one request of full length fits.
+    """
+    cache = config.cache
+    if cache.block_size not in (16, 32, 64):
+        raise StartupError(StartupError.USAGE, f"block-size {cache.block_size}: must be 16, 32 or 64")
+    blocks_per_request = -(-(max_model_len - 1) // cache.block_size)
+    block_bytes = KVCache.bytes_per_block(spec, cache.block_size, dtype)
+    num_blocks = cache.num_blocks
+    if not num_blocks:
+        fitting = _cache_memory(cache, device) // block_bytes - 1  # the null block
+        num_blocks = min(fitting, blocks_per_request * config.scheduler.max_num_requests)
+    if num_blocks < blocks_per_request:
+        raise StartupError(
+            StartupError.USAGE,
+            f"KV-cache: {num_blocks} blocks of {cache.block_size} tokens hold less than one request of {max_model_len} "
+            f"tokens; {blocks_per_request} blocks of {block_bytes >> 10} KiB are needed",
+        )
+    return num_blocks
+
+
+def _cache_memory(cache: CacheConfig, device: torch.device) -> int:
+    """Bytes for the KV-cache."""
+    if cache.memory:
+        return cache.memory
+    if device.type == "cpu":
+        return DEFAULT_CPU_CACHE
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, free - CUDA_RESERVE) * 9 // 10

@@ -1,0 +1,141 @@
+"""Prompts with mixes of parameters, and what transformers' generate() makes of each when run alone."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from octavo.types import FinishReason
+
+TEXT = """I met a traveller from an antique land, Who said "Two vast and trunkless legs of stone
+Stand in the desert. Near them, on the sand, Half sunk a shattered visage lies, whose frown,
+And wrinkled lip, and sneer of cold command, Tell that its sculptor well those passions read
+Which yet survive, stamped on these lifeless things, The hand that mocked them, and the heart that fed;
+And on the pedestal, these words appear: My name is Ozymandias, King of Kings; Look on my Works, ye Mighty, and despair!
+Nothing beside remains. Round the decay Of that colossal Wreck, boundless and bare
+The lone and level sands stretch far away."
+
+It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, it was the
+epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of Darkness, it was the
+spring of hope, it was the winter of despair, we had everything before us, we had nothing before us, we were all going
+direct to Heaven, we were all going direct the other way.
+
+Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and nothing
+particular to interest me on shore, I thought I would sail about a little and see the watery part of the world.
+
+Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or twice
+she had peeped into the book her sister was reading, but it had no pictures or conversations in it, "and what is the use
+of a book," thought Alice, "without pictures or conversations?"
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt and its sequences, by generate()'s names."""
+
+    prompt: list[int]
+    seed: int
+    num_sequences: int
+    max_new_tokens: int
+    params: dict[str, Any]
+    """Processors and warpers; `logit_bias` stands for single-token sequence_bias."""
+    eos: tuple[int, ...] = ()
+    stop: tuple[int, ...] = ()
+
+
+@dataclass
+class Answer:
+    """The sequences of one case."""
+
+    token_ids: list[list[int]] = field(default_factory=list)
+    finish: list[FinishReason] = field(default_factory=list)
+
+
+def random_cases(path: Path, count: int, seed: int) -> list[Case]:
+    """`count` cases over the checkpoint's own tokenizer; many share a prefix."""
+    from tokenizers import Tokenizer
+
+    text = Tokenizer.from_file(str(path / "tokenizer.json")).encode(TEXT).ids
+    rng = random.Random(seed)
+    return [_random_case(rng, text, eos=4095) for _ in range(count)]
+
+
+def _random_case(rng: random.Random, text: list[int], eos: int) -> Case:
+    length = rng.choice([1, 2, rng.randint(3, 30), rng.randint(30, 70), rng.randint(70, 150)])
+    start = 0 if rng.random() < 0.4 else rng.randrange(len(text) - length)
+    prompt = text[start : start + length]
+    if rng.random() < 0.05:
+        prompt = [eos, *prompt]
+    params: dict[str, Any] = {"do_sample": rng.random() < 0.6, "top_k": 50}
+
+    def sometimes(probability: float, name: str, *choices: object) -> None:
+        if rng.random() < probability:
+            params[name] = rng.choice(choices)
+
+    if params["do_sample"]:
+        params["top_k"] = rng.choice([0, 5, 50, 50, 200, 2000])
+        sometimes(0.5, "temperature", 0.7, 1.3)
+        sometimes(0.4, "top_p", 0.5, 0.9, 0.95)
+        sometimes(0.25, "min_p", 0.05, 0.2)
+        sometimes(0.25, "typical_p", 0.2, 0.9)
+    sometimes(0.3, "repetition_penalty", 0.8, 1.3)
+    sometimes(0.2, "logit_bias", {11: 2.5, 13: -3.0}, {text[7]: 4.0, eos: 6.0})
+    stop = (rng.choice([11, 13, 261, text[3], text[9]]),) if rng.random() < 0.3 else ()
+    sometimes(0.3, "min_new_tokens", 2, 6)
+    if "min_new_tokens" not in params:
+        sometimes(0.2, "min_length", len(prompt) + 3)
+    return Case(
+        prompt=prompt,
+        seed=rng.randrange(2**63),
+        num_sequences=rng.choice([1, 1, 1, 2, 3, 4]) if params["do_sample"] else 1,
+        max_new_tokens=rng.choice([1, 8, 12, 16, 24]),
+        params=params,
+        eos=rng.choice([(eos,), (eos,), (eos, text[5]), ()]),
+        stop=stop,
+    )
+
+
+def transformers_answers(path: Path, cases: list[Case]) -> list[Answer]:
+    """generate() in fp32 on each case alone, seeded anew each time."""
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [transformers_answer(model, case) for case in cases]
+
+
+@torch.inference_mode()
+def transformers_answer(model: Any, case: Case) -> Answer:
+    kwargs = dict(case.params)
+    if "logit_bias" in kwargs:
+        kwargs["sequence_bias"] = {(token,): bias for token, bias in kwargs.pop("logit_bias").items()}
+    if not kwargs["do_sample"]:
+        del kwargs["top_k"]
+    ends = list(case.eos + case.stop)
+    prompt = torch.tensor([case.prompt])
+    torch.manual_seed(case.seed)
+    rows = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=case.max_new_tokens,
+        num_return_sequences=case.num_sequences,
+        eos_token_id=ends or None,
+        pad_token_id=0,
+        **kwargs,
+    )
+    answer = Answer()
+    for row in rows[:, len(case.prompt) :].tolist():
+        end = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
+        answer.token_ids.append(row[: end + 1])
+        if row[end] in case.eos:
+            answer.finish.append(FinishReason.EOS)
+        else:
+            answer.finish.append(FinishReason.STOP_TOKEN if row[end] in case.stop else FinishReason.LENGTH)
+    return answer

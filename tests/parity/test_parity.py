@@ -1,0 +1,99 @@
+"""Every token of a mixed, crowded engine equals that of transformers run alone: fp32, the bundled model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from octavo.checkpoint import resolve
+from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from parity.cases import Answer, Case, random_cases, transformers_answers
+from parity.engine import engine_answers
+
+NUM_CASES = 200
+MAX_MODEL_LEN = 193
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the same requests."""
+
+    block_size: int
+    prefix_caching: bool
+    chunk: int
+    """Most tokens of a prompt in one step; 0: no limit."""
+    preempts: bool
+    """Whether blocks are so few that running requests have to make way."""
+    max_num_requests: int = 32
+    max_num_batched_tokens: int = 2048
+
+
+SETTINGS = [
+    Setting(block_size=16, prefix_caching=True, chunk=2048, preempts=False),
+    Setting(block_size=16, prefix_caching=False, chunk=7, preempts=True),
+    Setting(block_size=32, prefix_caching=True, chunk=64, preempts=True),
+    Setting(block_size=32, prefix_caching=False, chunk=1, preempts=False, max_num_requests=64),
+    Setting(block_size=64, prefix_caching=True, chunk=7, preempts=True),
+    Setting(block_size=64, prefix_caching=False, chunk=2048, preempts=True),
+    Setting(block_size=16, prefix_caching=True, chunk=1, preempts=True, max_num_batched_tokens=40),
+    Setting(block_size=32, prefix_caching=True, chunk=2048, preempts=True, max_num_requests=8),
+]
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    return resolve("demo")
+
+
+@pytest.fixture(scope="module")
+def cases(path: Path) -> list[Case]:
+    return random_cases(path, NUM_CASES, seed=0)
+
+
+@pytest.fixture(scope="module")
+def expected(path: Path, cases: list[Case]) -> list[Answer]:
+    return transformers_answers(path, cases)
+
+
+def num_blocks(setting: Setting) -> int:
+    per_request = -(-(MAX_MODEL_LEN - 1) // setting.block_size)
+    if not setting.preempts:
+        return per_request * setting.max_num_requests
+    return per_request + max(2, setting.max_num_requests // setting.block_size)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_every_token_equals_transformers_alone(setting: Setting, path, cases, expected):
+    config = EngineConfig(
+        model=ModelConfig(path=str(path), name="demo", device="cpu", dtype="float32"),
+        cache=CacheConfig(
+            block_size=setting.block_size,
+            num_blocks=num_blocks(setting),
+            enable_prefix_caching=setting.prefix_caching,
+        ),
+        scheduler=SchedulerConfig(
+            max_num_requests=setting.max_num_requests,
+            max_num_batched_tokens=setting.max_num_batched_tokens,
+            max_chunk_tokens=setting.chunk,
+            max_model_len=MAX_MODEL_LEN,
+            max_queue_time=3600.0,
+        ),
+    )
+    answers, load = engine_answers(config, cases, order_seed=setting.block_size + setting.chunk)
+    wrong = [i for i in range(len(cases)) if answers[i] != expected[i]]
+    assert wrong == [], f"case {wrong[0]}: {cases[wrong[0]]}\n{answers[wrong[0]]}\n{expected[wrong[0]]}"
+    assert (load.preemptions > 0) == setting.preempts
+    assert (load.prefix_cache_hits > 0) == setting.prefix_caching
+
+
+def test_the_cases_are_not_vacuous(cases, expected):
+    assert sum(len(tokens) for answer in expected for tokens in answer.token_ids) > 3000
+    reasons = [reason for answer in expected for reason in answer.finish]
+    assert {reason.name: reasons.count(reason) > 10 for reason in set(reasons)} == {
+        "EOS": True,
+        "STOP_TOKEN": True,
+        "LENGTH": True,
+    }
+    sampled = [answer for case, answer in zip(cases, expected, strict=True) if case.num_sequences > 1]
+    assert sum(answer.token_ids[0] != answer.token_ids[1] for answer in sampled) > len(sampled) // 2
