@@ -87,7 +87,8 @@ class Workload:
         self.num_requests = num_requests
         self.rng = np.random.default_rng(0)
         self.shared = self.rng.integers(0, VOCAB_SIZE, scenario.shared_len, np.int32)
-        wanted = num_requests * -(-(scenario.prompt_len + scenario.new_tokens) // BLOCK_SIZE)
+        self.max_total = scenario.prompt_len + scenario.new_tokens
+        wanted = num_requests * -(-self.max_total // BLOCK_SIZE)
         self.scheduler = Scheduler(
             SchedulerConfig(max_num_requests=num_requests, max_num_batched_tokens=max(2048, 8 * num_requests)),
             CacheConfig(block_size=BLOCK_SIZE),
@@ -106,7 +107,7 @@ class Workload:
             key=self._next_key,
             prompt_token_ids=np.concatenate([self.shared, own]).tobytes(),
             params=GenerationParams(),
-            max_total_tokens=self.scenario.prompt_len + self.scenario.new_tokens,
+            max_total_tokens=self.max_total,
             eos_token_ids=[VOCAB_SIZE - 1],
             stop_token_ids=[],
             seed=self._next_key,
@@ -119,12 +120,13 @@ class Workload:
         token_ids[~step.samples] = -1
         finish = np.zeros(step.num_rows, np.uint8)
         if self.scenario.churn:
-            ends = step.samples & (self.rng.random(step.num_rows) < self.scenario.churn)
-            finish[ends] = FinishReason.EOS
+            lengths = step.num_computed + step.num_scheduled + 1
+            finish[step.samples & (lengths >= self.max_total)] = FinishReason.LENGTH
+            finish[step.samples & (self.rng.random(step.num_rows) < self.scenario.churn)] = FinishReason.EOS
         return ModelRunnerOutput(token_ids, finish), int(np.count_nonzero(finish))
 
     def fill(self) -> None:
-        """Until every request decodes; a request that would end by its length is none of this benchmark's."""
+        """Until every request decodes."""
         self.scheduler.add(0, self.requests(self.num_requests))
         for _ in range(20 + 2 * self.num_requests * self.scenario.prompt_len // 2048):
             step = self.scheduler.schedule(time.monotonic())
