@@ -1,4 +1,4 @@
-"""How much of the server's work one front-end may hold: sequences in flight, in all and per tenant, and prompt tokens."""
+"""How much work one front-end may hold: sequences in flight, in all and per tenant, and waiting prompt tokens."""
 
 from __future__ import annotations
 

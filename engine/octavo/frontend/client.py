@@ -81,7 +81,7 @@ class ZmqClient:
         self._pull: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         self._pull.setsockopt(zmq.RCVHWM, 0)  # the core must never block on us; what waits is bounded by its requests
         self._pull.bind(address)
-        self._pull_fd: int = self._pull.getsockopt(zmq.FD)
+        self._pull_fd = int(self._pull.getsockopt(zmq.FD))
         self._loop.add_reader(self._pull_fd, self._read)
         self._loop.call_soon(self._read)  # the descriptor tells of changes only
 
@@ -93,7 +93,7 @@ class ZmqClient:
         push.setsockopt(zmq.SNDHWM, self._send_queue)
         push.connect(address)
         self._push = push
-        self._push_fd = push.getsockopt(zmq.FD)
+        self._push_fd = int(push.getsockopt(zmq.FD))
         self._loop.add_reader(self._push_fd, self._send_unsent)
 
     def disconnect(self) -> None:

@@ -38,3 +38,14 @@ def failure(reason: Reason) -> RequestError:
     if error.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE):
         error.retry_after = _RETRY_AFTER.get(reason, _RETRY_SOON)
     return error
+
+
+def again(error: RequestError) -> RequestError:
+    """A copy to raise: one error may end many requests, and an exception collects the traces of all who raise it."""
+    return RequestError(
+        error.reason,
+        error.message,
+        violations=error.violations,
+        metadata=error.metadata,
+        retry_after=error.retry_after,
+    )

@@ -9,7 +9,7 @@ from math import inf
 from typing import Final, Protocol
 
 from octavo.errors import Reason, RequestError
-from octavo.frontend.failures import failure
+from octavo.frontend.failures import again, failure
 from octavo.frontend.request_state import RequestState
 from octavo.types import GenerateUpdate, ResolvedOptions
 
@@ -71,7 +71,7 @@ class RequestHandle:
                     return update
             elif self.state.taken:
                 if self.state.error is not None:
-                    raise self.state.error
+                    raise again(self.state.error)
                 return None
             else:
                 await self._wait(delay)
@@ -86,7 +86,7 @@ class RequestHandle:
         while not self.state.ended:
             await self._wait(inf)
         if self.state.error is not None:
-            raise self.state.error
+            raise again(self.state.error)
         update = self.state.take(time.monotonic())
         assert update is not None, "a request that succeeded ends with an update"
         return update
