@@ -39,6 +39,14 @@ def test_stale_sockets_are_replaced_but_one_with_a_live_peer_never_is(tmp_path):
     assert tmp_path.exists()
 
 
+def test_a_link_is_refused(tmp_path):
+    (tmp_path / "real").mkdir(mode=0o755)
+    (tmp_path / "run").symlink_to(tmp_path / "real")
+    with pytest.raises(StartupError, match="a link"):
+        RunDirectory(str(tmp_path / "run"))
+    assert stat.S_IMODE((tmp_path / "real").stat().st_mode) == 0o755
+
+
 @pytest.mark.parametrize("path", ["/proc/octavo", "/tmp/" + "x" * 120])
 def test_an_impossible_directory_is_one_line(path):
     with pytest.raises(StartupError) as caught:

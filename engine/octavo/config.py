@@ -109,6 +109,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_keys_file: str = ""
     insecure_allow_remote: bool = False
     watchdog: float = 10.0
-    """Seconds a step may take before the supervisor replaces the engine core."""
+    """Seconds a step may take before the supervisor replaces the engine core; 0: no limit."""
     startup_timeout: float = 180.0
     limits: Limits = Limits()

@@ -38,6 +38,8 @@ class RunDirectory:
             raise _usage(f"run directory {self.path}: path too long for unix sockets ({MAX_SOCKET_PATH} bytes)")
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.path.is_symlink() or self.path.stat().st_uid != os.geteuid():
+                raise _usage(f"run directory {self.path}: a link, or not ours")  # somebody else may have put it there
             self.path.chmod(0o700)
             self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:

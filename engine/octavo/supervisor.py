@@ -302,7 +302,7 @@ class Supervisor:
             for child in self._children():
                 child.stuck_for += TICK
                 limit = self._server.watchdog if child.ready else self._server.startup_timeout
-                if child.stuck_for > limit:
+                if child.stuck_for > limit > 0:
                     child.stuck_for = 0.0
                     logger.error("%s makes no progress for %.0f s: replacing it", child.name, limit)
                     if child is self._core:

@@ -22,10 +22,11 @@ from typing import Any
 import uvloop
 
 from octavo import __version__, log
-from octavo.errors import Reason, RequestError, StartupError
+from octavo.errors import Reason, StartupError
 from octavo.frontend.async_engine import AsyncEngine, EngineState
 from octavo.frontend.client import ZmqClient
 from octavo.frontend.cluster import ClusterHandler
+from octavo.frontend.failures import failure
 from octavo.frontend.model import FrontendModel
 from octavo.ipc import (
     ClusterCall,
@@ -39,6 +40,7 @@ from octavo.ipc import (
     Shutdown,
     StartFailed,
     StartFrontend,
+    StopServer,
     ToChild,
 )
 from octavo.ipc_channel import AsyncChannel, ProtocolError, die_with_parent, socket_of_child
@@ -81,6 +83,8 @@ class FrontendProcess:
             frontend=self._index,
             instance_id=start.instance_id,
             start_time=start.start_time,
+            metrics=self._metrics,
+            stop_server=self._ask_to_stop,
         )
         self._metrics_server = MetricsServer(self._render_metrics, lambda: self._engine.state.value)
         self._over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -121,6 +125,9 @@ class FrontendProcess:
     def _finish(self, status: int) -> None:
         if not self._over.done():
             self._over.set_result(status)
+
+    def _ask_to_stop(self) -> None:
+        self._channel.send(StopServer())
 
     async def _beat(self) -> None:
         for beat in itertools.count():
@@ -182,7 +189,7 @@ class FrontendProcess:
         left = started + self._config.drain_delay + self._config.drain_timeout - 1.0 - time.monotonic()
         if not await self._engine.wait_idle(max(0.0, left)):
             logger.warning("drain timeout: failing %d requests", self._engine.num_inflight)
-            self._engine.fail_all(RequestError(Reason.DRAINING, "the server is shutting down"))
+            self._engine.fail_all(failure(Reason.DRAINING))
             await self._engine.wait_idle(0.5)
         await self._server.stop(0.5)
         self._finish(0)
