@@ -33,6 +33,10 @@ of a book," thought Alice, "without pictures or conversations?"
 """
 
 
+COMMON = [11, 13, 198, 259, 270]
+"""Tokens of the bundled model that occur often: comma, full stop, newline, " the", " and"."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One prompt and its sequences, by generate()'s names."""
@@ -84,7 +88,7 @@ def _random_case(rng: random.Random, text: list[int], eos: int) -> Case:
         sometimes(0.25, "typical_p", 0.2, 0.9)
     sometimes(0.3, "repetition_penalty", 0.8, 1.3)
     sometimes(0.2, "logit_bias", {11: 2.5, 13: -3.0}, {text[7]: 4.0, eos: 6.0})
-    stop = (rng.choice([11, 13, 261, text[3], text[9]]),) if rng.random() < 0.3 else ()
+    stop = (rng.choice([*COMMON, text[3], text[9]]),) if rng.random() < 0.4 else ()
     sometimes(0.3, "min_new_tokens", 2, 6)
     if "min_new_tokens" not in params:
         sometimes(0.2, "min_length", len(prompt) + 3)
@@ -94,7 +98,7 @@ def _random_case(rng: random.Random, text: list[int], eos: int) -> Case:
         num_sequences=rng.choice([1, 1, 1, 2, 3, 4]) if params["do_sample"] else 1,
         max_new_tokens=rng.choice([1, 8, 12, 16, 24]),
         params=params,
-        eos=rng.choice([(eos,), (eos,), (eos, text[5]), ()]),
+        eos=rng.choice([(eos,), (eos, rng.choice(COMMON)), (rng.choice(COMMON),), ()]),
         stop=stop,
     )
 
