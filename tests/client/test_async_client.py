@@ -22,6 +22,7 @@ async def test_generate_and_stream_agree(aclient: AsyncClient) -> None:
     out = await aclient.generate("one two three", request_id="same")
     async with aclient.stream("one two three", request_id="same") as stream:
         texts = [delta.text async for delta in stream]
+        assert (await stream.response()).outputs[0][0] == out
     assert "".join(texts) == out.text == " three two one"
     async with aclient.stream(["a", "b"], n=2) as stream:
         response = await stream.response()

@@ -77,6 +77,7 @@ def test_stream_adds_up_to_the_unary_answer(client: Client) -> None:
 def test_stream_gives_deltas_as_they_come(client: Client) -> None:
     with client.stream("one two three") as stream:
         deltas = list(stream)
+        assert stream.response().outputs[0][0].text == " three two one"
     assert [delta.text for delta in deltas] == [" three", " two", " one"]
     assert [delta.finish_reason for delta in deltas] == [None, None, FinishReason.STOP_STRING]
     assert deltas[-1].completion_tokens == 3
