@@ -135,7 +135,7 @@ def _build(path: Path, config: dict[str, Any]) -> RustTokenizer:
     if post_processor is not None:
         rust.post_processor = post_processor
     _add_tokens(rust, config, added)
-    if post_processor is None or "add_bos_token" in config or "add_eos_token" in config:
+    if post_processor is None:  # else that of tokenizer.json counts, whatever add_bos_token says
         rust.post_processor = _bos_eos_template(rust, config)
     return rust
 
