@@ -92,7 +92,14 @@ class ServerUnderTest:
         for process in psutil.Process(self.process.pid).children(recursive=True):
             self._tree.setdefault(process.pid, process)
 
+    def cpu_time(self) -> float:
+        """Seconds of CPU that the living tree has used."""
+        times = [p.cpu_times() for p in [psutil.Process(self.process.pid), *self.living()]]
+        return sum(t.user + t.system for t in times)
+
     def _pids(self, module: str) -> list[int]:
+        if self.process.poll() is not None:
+            return []
         self.remember_tree()
         found = []
         for process in psutil.Process(self.process.pid).children():
@@ -104,8 +111,13 @@ class ServerUnderTest:
         return sorted(found)
 
     @property
+    def core_pids(self) -> list[int]:
+        """One, or none while it is being replaced."""
+        return self._pids("octavo.engine_core.process")
+
+    @property
     def core_pid(self) -> int:
-        (pid,) = self._pids("octavo.engine_core.process")
+        (pid,) = self.core_pids
         return pid
 
     @property

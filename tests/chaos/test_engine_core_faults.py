@@ -25,8 +25,15 @@ async def test_start_up_says_what_it_does_and_ends_in_one_ready_line(server):
     assert server.stdout[-1] == f"ready on {server.address}: demo, float32, cpu, 2048 blocks of 16"
     assert len(server.stdout) > 1
     assert await generate(server.address)
-    assert len(server.stdout[-1:]) == 1
-    assert server.stdout[-1].startswith("ready on ")
+    assert server.stdout[-1].startswith("ready on ")  # and is quiet from then on
+    assert server.stderr == ""
+
+
+async def test_an_idle_server_does_not_poll(server):
+    await asyncio.sleep(0.5)
+    before = server.cpu_time()
+    await asyncio.sleep(2.0)
+    assert server.cpu_time() - before < 0.1
 
 
 async def test_garbage_on_the_data_socket_costs_only_itself(server):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import socket
 import time
+import urllib.request
 
 import grpc
 import psutil
@@ -22,7 +25,10 @@ from chaos.server_under_test import (
 
 @pytest.fixture(scope="module")
 def server():
-    server = ServerUnderTest(frontend_processes=2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        metrics = f"127.0.0.1:{probe.getsockname()[1]}"
+    server = ServerUnderTest(frontend_processes=2, metrics_address=metrics, watchdog=3.0)
     try:
         yield server.wait_until_ready()
     finally:
@@ -43,6 +49,27 @@ async def streams_on_both(server: ServerUnderTest, tokens: int) -> list[Stream]:
 
 def connections(pid: int) -> int:
     return sum(c.status == psutil.CONN_ESTABLISHED for c in psutil.Process(pid).net_connections("tcp"))
+
+
+def scrape(server: ServerUnderTest, path: str = "/metrics") -> str:
+    with urllib.request.urlopen(f"http://{server.server.metrics_address}{path}", timeout=5) as reply:
+        return reply.read().decode()
+
+
+async def test_metrics_add_up_over_the_front_ends(server):
+    served = await streams_on_both(server, 50)
+    await asyncio.gather(*(stream.task for stream in served))
+
+    def total() -> bool:
+        text = scrape(server)
+        return (
+            f'octavo_request_success_total{{finished_reason="length"}} {float(len(served))}' in text
+            and f"octavo_generation_tokens_total {50.0 * len(served)}" in text
+            and "octavo_engine_up 1.0" in text
+        )
+
+    await eventually(lambda: asyncio.to_thread(total), 5.0)
+    assert await asyncio.to_thread(scrape, server, "/healthz") == "ready\n"
 
 
 async def test_killed_frontend_frees_its_requests_and_others_go_on_unchanged(server):
@@ -81,6 +108,14 @@ async def test_replaced_frontend_serves_again(server):
         return len(counts) == 2 and all(counts) and all(stream.error is None for stream in fresh)
 
     await eventually(both_serve, 20.0)
+
+
+async def test_stopped_frontend_is_replaced_by_the_watchdog(server):
+    victim = server.frontend_pids[0]
+    kill(victim, signal.SIGSTOP)
+    await eventually(lambda: victim not in server.frontend_pids, 6.0)
+    await eventually(lambda: len(server.frontend_pids) == 2, 5.0)
+    assert "makes no progress" in server.stderr
 
 
 async def test_killed_supervisor_takes_everything_with_it(server):
