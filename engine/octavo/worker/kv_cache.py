@@ -1,0 +1,91 @@
+"""The KV-cache: one tensor of blocks, and how many of them fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from octavo_kernels import reference
+
+from octavo.checkpoint import ModelSpec
+from octavo.config import CacheConfig, SchedulerConfig
+from octavo.errors import StartupError
+
+CPU_MEMORY = 1 << 30
+"""Default size on the CPU, bytes."""
+GPU_SHARE = 0.92
+"""Part of the card's memory that octavo may use in all; the rest is the driver's and the allocator's slack."""
+
+
+class KVCache:
+    """Keys and values of all sequences. Owned by the model runner; blocks are handed out by the core's BlockPool."""
+
+    def __init__(
+        self, spec: ModelSpec, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """num_blocks: usable blocks; the null block comes on top. Zeroed: recycled values must be finite."""
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.data = torch.zeros(
+            (spec.n_layer, 2, num_blocks + 1, spec.n_head, block_size, spec.head_size), dtype=dtype, device=device
+        )
+        """[layer, keys/values, block, head, slot, head_size]; block 0 is the null block."""
+
+    @staticmethod
+    def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+        return spec.n_layer * 2 * spec.n_embd * block_size * dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies block `source` to block `destination` in all layers, for each pair; none reads another's result."""
+        if pairs:
+            sources, destinations = torch.tensor(pairs, device=self.data.device).unbind(1)
+            reference.copy_blocks(self.data, sources, destinations)
+
+
+def num_blocks_that_fit(
+    spec: ModelSpec,
+    cache: CacheConfig,
+    scheduler: SchedulerConfig,
+    *,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Usable blocks of the cache, from the configuration and, on CUDA, the memory that is free now.
+
+    Call it after the weights are loaded. Raises StartupError when not even one sequence of full length fits; an
+    explicit `cache.num_blocks` is taken as it is.
+    """
+    if cache.num_blocks:
+        return cache.num_blocks
+    per_block = KVCache.bytes_per_block(spec, cache.block_size, dtype)
+    per_sequence = -(-(max_model_len - 1) // cache.block_size)  # nobody attends to the last token
+    memory = cache.memory
+    if not memory:
+        memory = _free_gpu_memory(spec, scheduler, dtype, device) if device.type == "cuda" else CPU_MEMORY
+    # More could never be used; the factor leaves room for cached prefixes of requests that have ended.
+    num_blocks = min(memory // per_block - 1, 2 * scheduler.max_num_requests * per_sequence)
+    if num_blocks < per_sequence:
+        raise StartupError(
+            StartupError.USAGE if cache.memory or device.type == "cpu" else StartupError.DEVICE,
+            f"the KV-cache of {memory >> 20} MiB has {max(num_blocks, 0)} blocks of {cache.block_size} tokens; one "
+            f"sequence of {max_model_len} tokens needs {per_sequence} ({(per_sequence + 1) * per_block >> 20} MiB)",
+        )
+    return num_blocks
+
+
+def _free_gpu_memory(spec: ModelSpec, scheduler: SchedulerConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes left for the cache: what is free less what a step needs beside it.
+
+    A step holds per token: residual, its norm, qkv, attention and the MLP's inner states; per sampling row about four
+    copies of the logits in fp32.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_requests)
+    per_token = (6 * spec.n_embd + 2 * spec.inner_size) * dtype.itemsize
+    activations = tokens * per_token + scheduler.max_num_requests * spec.vocab_size * 16
+    return max(0, free - int((1 - GPU_SHARE) * total) - activations)

@@ -1,0 +1,179 @@
+"""Linear layers on the CPU: weights packed once for the library that multiplies fastest by them.
+
+Measured, gpt2-small's 49 matrices on 2 cores with AVX2 only (Zen 3), ms per pass with 1 thread at 1 / 16 / 64 rows:
+
+    F.linear fp32            33.9 / 112 / 268        F.linear bf16       26.8 / 389 / 1542
+    oneDNN fp32, packed      33.0 /  83 / 232        int8 dynamic        11.0 /  27 /  105
+    fbgemm fp16 weights      16.7 /  57 / 202
+
+oneDNN's bf16 product needs AVX-512 and is fast where the CPU multiplies bf16 itself (10.2 / 18.9 / 54 there). Elsewhere
+16-bit weights are kept as fp16 and multiplied in fp32: they fit, since bf16 has fewer mantissa bits, and activations
+lose nothing. oneDNN's fp32 product gives a row the same bits whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from typing import Final, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo_kernels.activations import ACTIVATIONS
+
+FP16_MAX: Final = 65504.0
+ONEDNN_EPILOGUES: Final[dict[str, tuple[str, str]]] = {
+    "gelu": ("gelu", "none"),
+    "gelu_accurate": ("gelu", "tanh"),
+    "gelu_fast": ("gelu", "tanh"),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu_python": ("gelu", "none"),
+    "gelu_python_tanh": ("gelu", "tanh"),
+    "gelu_pytorch_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "swish": ("swish", ""),
+    "tanh": ("tanh", ""),
+}
+"""Activations that oneDNN applies inside the product: attribute and algorithm of `_linear_pointwise`."""
+
+
+class LinearKind(enum.StrEnum):
+    ONEDNN = "onednn"
+    """Packed by oneDNN in the model's type: fp32, or bf16."""
+    FP16 = "fp16"
+    """fp16 weights, fp32 activations (fbgemm)."""
+    INT8 = "int8"
+    """int8 weights with a scale per output, activations quantized on the fly."""
+    PLAIN = "plain"
+    """`F.linear`, where no packing library is built in."""
+
+
+class Linear(Protocol):
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(x @ weight.T + bias) + residual. x: [M, K]; residual: [M, O]; returns [M, O], x's type.
+
+        May write into `residual` and return it. A layer has an activation or takes residuals, not both.
+        """
+
+
+def choose_kind(dtype: torch.dtype, quantization: str | None) -> LinearKind:
+    """How this machine multiplies best by weights of `dtype`. Raises ValueError for an unknown quantization."""
+    has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    if quantization is not None:
+        if quantization != "int8":
+            raise ValueError(f'quantization must be "int8" or None, not {quantization!r}')
+        return LinearKind.INT8
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return LinearKind.ONEDNN
+    if dtype == torch.bfloat16 and has_native_bf16():
+        return LinearKind.ONEDNN
+    return LinearKind.FP16 if dtype != torch.float32 and has_fbgemm else LinearKind.PLAIN
+
+
+def has_native_bf16() -> bool:
+    """Whether the CPU has bf16 multiplications and oneDNN uses them."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return native and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def activation_dtype(kind: LinearKind, dtype: torch.dtype) -> torch.dtype:
+    """Type of the hidden states between linears of `kind` when the model's type is `dtype`."""
+    return torch.float32 if kind in (LinearKind.FP16, LinearKind.INT8) else dtype
+
+
+def pack(weight: Tensor, bias: Tensor | None, kind: LinearKind, activation: str | None = None) -> Linear:
+    """Prepares a layer. weight: [O, K] of any float type and strides; bias: [O]. Nothing of `weight` is kept."""
+    if kind == LinearKind.ONEDNN:
+        return OnednnLinear(weight, bias, activation)
+    if kind == LinearKind.INT8:
+        return Int8Linear(weight, bias, activation)
+    if kind == LinearKind.FP16:
+        low, high = weight.aminmax()
+        if max(-float(low), float(high)) <= FP16_MAX:
+            return HalfLinear(weight, bias, activation)
+        return OnednnLinear(weight.float(), None if bias is None else bias.float(), activation)
+    return PlainLinear(weight, bias, activation)
+
+
+class OnednnLinear:
+    """Weights in oneDNN's blocked layout; activation or residual inside the product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+        self.bias = None if bias is None else bias.to(weight.dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self.attribute, self.algorithm = ONEDNN_EPILOGUES.get(activation or "", ("none", ""))
+        fused = activation is None or activation in ONEDNN_EPILOGUES
+        self.activation = None if fused or activation is None else ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.attribute, [], self.algorithm)
+        return y if self.activation is None else self.activation(y)
+
+
+class HalfLinear:
+    """fp16 weights, widened to fp32 inside the product; x in fp32. Weights above 65504 do not fit: see `pack`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+        fp32_bias = None if bias is None else bias.float()
+        self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), fp32_bias)
+        self.activation = None if activation is None else ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
+        if self.activation is not None:
+            y = self.activation(y)
+        return y if residual is None else residual.add_(y)
+
+
+class Int8Linear:
+    """int8 weights, symmetric, one scale per output; x in fp32, quantized with one scale for all its rows.
+
+    That scale makes a row's result depend on the rows beside it, by up to the quantization error.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+        weight = weight.float().contiguous()
+        scales = weight.abs().amax(1).clamp_(min=1e-12).div_(127).double()
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        fp32_bias = None if bias is None else bias.float()
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = self._engine()  # read by the packing op only
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch announces the move of these types to torchao
+                quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+            self.weight = torch.ops.quantized.linear_prepack(quantized, fp32_bias)
+        finally:
+            torch.backends.quantized.engine = engine
+        self.activation = None if activation is None else ACTIVATIONS[activation]
+        # Without VNNI pairs of products are summed in 16 bits: 8-bit activations would saturate them.
+        self.reduce_range = not torch.cpu._is_vnni_supported()
+
+    @staticmethod
+    def _engine() -> str:
+        engines = torch.backends.quantized.supported_engines
+        return next(name for name in ("fbgemm", "onednn", "qnnpack") if name in engines)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = torch.ops.quantized.linear_dynamic(x, self.weight, self.reduce_range)
+        if self.activation is not None:
+            y = self.activation(y)
+        return y if residual is None else residual.add_(y)
+
+
+class PlainLinear:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+        self.weight = weight.contiguous()
+        self.bias = None if bias is None else bias.to(weight.dtype)
+        self.activation = None if activation is None else ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.activation is not None:
+            y = self.activation(y)
+        return y if residual is None else y.add_(residual)

@@ -1,0 +1,125 @@
+"""The specification: every op of the model in plain torch, on any device.
+
+Each docstring states shapes, types and strides; faster versions (`cpu/`, later Triton) must give the same numbers.
+These are also what runs on a GPU until its own kernels exist.
+
+Names of sizes: T tokens in R rows, E = n_embd, H heads of D numbers (E = H * D), N blocks of S slots.
+A layer's cache is [2, N, H, S, D], keys then values, contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo_kernels.activations import ACTIVATIONS
+
+
+def embed(input_ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> Tensor:
+    """Token plus position embedding.
+
+    input_ids, positions: int64 [T]. wte: [vocab, E]; wpe: [n_positions, E]; any float type, rows contiguous.
+    Returns `dtype` [T, E] contiguous; the sum is taken in `dtype`.
+    """
+    return F.embedding(input_ids, wte).to(dtype).add_(F.embedding(positions, wpe))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm over the last dimension, with biased variance, in fp32 inside.
+
+    x: [T, E], rows contiguous; weight, bias: [E] of x's type. Returns x's type, [T, E] contiguous.
+    """
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """activation(x @ weight.T + bias) + residual; at most one of `activation` and `residual`.
+
+    x: [M, K], rows contiguous; weight: [O, K] contiguous; bias: [O] or None; all of one type, sums in fp32.
+    residual: [M, O]. Returns [M, O] contiguous, x's type.
+    """
+    y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = ACTIVATIONS[activation](y)
+    return y if residual is None else y.add_(residual)
+
+
+def kv_write(qkv: Tensor, layer_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Puts the tokens' keys and values into their slots.
+
+    qkv: [T, 3 * E] contiguous: queries, keys, values. layer_cache: [2, N, H, S, D], written in place, converted to its
+    type. slot_mapping: int64 [T], block * S + slot; no slot twice.
+    """
+    _, _, num_heads, block_size, head_size = layer_cache.shape
+    _, key, value = qkv.view(-1, 3, num_heads, head_size).unbind(1)
+    block, slot = slot_mapping // block_size, slot_mapping % block_size
+    layer_cache[0][block, :, slot] = key.to(layer_cache.dtype)
+    layer_cache[1][block, :, slot] = value.to(layer_cache.dtype)
+
+
+def paged_attention(
+    qkv: Tensor,
+    layer_cache: Tensor,
+    block_tables: Tensor,
+    query_start_loc: Sequence[int],
+    seq_lens: Sequence[int],
+    num_decode_rows: int,
+    *,
+    scale: float,
+    upcast: bool = False,
+) -> Tensor:
+    """Causal attention of each row's tokens over its cached context, this step's keys and values included.
+
+    qkv: [T, 3 * E] contiguous; only the queries are read. layer_cache: [2, N, H, S, D]. block_tables: integer [R, B];
+    entries beyond a row's need point to any block. query_start_loc: R + 1 host ints; row r has the tokens
+    query_start_loc[r] .. query_start_loc[r + 1] - 1, the last of which is at position seq_lens[r] - 1. Rows before
+    num_decode_rows have one token. Slots past a row's end may hold anything, NaN too. `upcast`: queries and keys are
+    multiplied in fp32. Returns [T, E] contiguous, qkv's type; softmax in fp32.
+    """
+    output = torch.empty(qkv.shape[0], qkv.shape[1] // 3, dtype=qkv.dtype, device=qkv.device)
+    if num_decode_rows:
+        rows = slice(0, num_decode_rows)
+        first = torch.tensor([n - 1 for n in seq_lens[rows]], device=qkv.device)
+        output[rows] = _attend(qkv[rows].unsqueeze(1), layer_cache, block_tables[rows], first, scale, upcast).squeeze(1)
+    for r in range(num_decode_rows, len(seq_lens)):
+        tokens = slice(query_start_loc[r], query_start_loc[r + 1])
+        num_tokens = tokens.stop - tokens.start
+        first = torch.tensor([seq_lens[r] - num_tokens], device=qkv.device)
+        num_blocks = -(-seq_lens[r] // layer_cache.shape[3])
+        table = block_tables[r : r + 1, :num_blocks]
+        output[tokens] = _attend(qkv[tokens].unsqueeze(0), layer_cache, table, first, scale, upcast).squeeze(0)
+    return output
+
+
+def _attend(
+    qkv: Tensor, layer_cache: Tensor, block_tables: Tensor, first_position: Tensor, scale: float, upcast: bool
+) -> Tensor:
+    """G rows of Q tokens each: qkv [G, Q, 3 * E], block_tables [G, B], first_position [G]. Returns [G, Q, E]."""
+    num_heads, head_size = layer_cache.shape[2], layer_cache.shape[4]
+    num_rows, num_queries = qkv.shape[:2]
+    query = qkv.view(num_rows, num_queries, 3, num_heads, head_size)[:, :, 0].transpose(1, 2)  # [G, H, Q, D]
+    context = layer_cache[:, block_tables.long()].transpose(3, 4)  # [2, G, B, S, H, D]
+    context = context.reshape(2, num_rows, -1, num_heads, head_size).transpose(2, 3)  # [2, G, H, L, D]
+    position = torch.arange(context.shape[3], device=qkv.device)  # [L]
+    last = first_position[:, None] + torch.arange(num_queries, device=qkv.device)  # [G, Q]
+    hidden = (position > last[:, :, None]).unsqueeze(1)  # [G, 1, Q, L]
+    unwritten = (position > last[:, -1:])[:, None, :, None]  # [G, 1, L, 1]
+    key = context[0].to(torch.float32 if upcast else qkv.dtype)
+    value = context[1].to(qkv.dtype).masked_fill(unwritten, 0)  # 0 * NaN would be NaN
+    scores = (query.to(key.dtype) @ key.transpose(2, 3)).float() * scale
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1).to(value.dtype)  # [G, H, Q, L]
+    return (weights @ value).transpose(1, 2).reshape(num_rows, num_queries, -1)
+
+
+def copy_blocks(cache: Tensor, sources: Tensor, destinations: Tensor) -> None:
+    """Copies whole blocks in all layers, keys and values, as if all were read before any is written.
+
+    cache: [layers, 2, N, H, S, D], in place. sources, destinations: int64 [C]; destinations differ from each other.
+    """
+    cache[:, :, destinations] = cache[:, :, sources]
