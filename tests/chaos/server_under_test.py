@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,7 +153,6 @@ class ServerUnderTest:
                 self.process.kill()
                 self.wait(5)
                 raise
-        self._stderr.close()
         _, alive = psutil.wait_procs(self._tree.values(), timeout=5)
         alive = [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
         for process in alive:
@@ -160,6 +160,9 @@ class ServerUnderTest:
         assert not alive, f"left behind: {alive}"
         if not killed:
             assert not self.run_directory.exists()
+        print(self.stderr)  # shown by pytest when the test failed
+        self._stderr.close()
+        shutil.rmtree(self.folder)
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:

@@ -94,7 +94,7 @@ async def test_core_holds_nothing_after_all_that(server):
 
 
 async def test_sigterm_lets_running_generations_finish_and_refuses_new_ones(server):
-    running = await streams(server.address, 8, 600)
+    running = await streams(server.address, 8, 400)
     server.terminate()
 
     async def refused() -> bool:
