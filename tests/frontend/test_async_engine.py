@@ -199,13 +199,14 @@ async def test_waiting_prompt_tokens_are_bounded_until_their_computation_has_fin
 
 async def test_full_socket_is_queue_full_and_leaves_nothing_behind() -> None:
     core = FakeCore()
-    engine = make(core, max_inflight_requests=1)
+    engine = make(core, max_inflight_requests=1, max_waiting_tokens=100)
+    long = GenerateRequest(prompts=[Prompt(token_ids=[5] * 80)])
     core.refusal = failure(Reason.QUEUE_FULL)
     for _ in range(3):
-        assert await reason_of(engine.submit(request(), streaming=True)) is Reason.QUEUE_FULL
+        assert await reason_of(engine.submit(long, streaming=True)) is Reason.QUEUE_FULL
     assert engine.num_inflight == 0
     core.refusal = None
-    (await stream(core, engine))[0].close()
+    (await engine.submit(long, streaming=True)).close()
 
 
 async def test_dying_core_fails_everything_and_the_next_one_serves() -> None:
@@ -297,7 +298,7 @@ async def test_reader_that_stalls_with_too_much_pending_is_ended(monkeypatch: py
     told: list[RequestError] = []
     stalled.on_failure(told.append)
     for _ in range(8):
-        core.send(*[(key, 300, 0) for key in (stalled_key, reading_key, core.key) for _ in range(5)])
+        core.send(*[(key, 300, 0) for key in (stalled_key, reading_key, core.key) for _ in range(10)])
         await reading.next()
         await asyncio.sleep(0.01)
     assert core.aborts == [([stalled_key], AbortCause.CLIENT)]
