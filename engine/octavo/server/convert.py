@@ -30,13 +30,19 @@ _WIRE_MESSAGE: dict[type[msgspec.Struct], type[Message]] = {
 
 
 def duration(seconds: float) -> Duration:
-    whole = math.floor(seconds)
-    return Duration(seconds=whole, nanos=min(999_999_999, int((seconds - whole) * 1e9)))
+    whole, nanos = _split(seconds)
+    return Duration(seconds=whole, nanos=nanos)
 
 
 def timestamp(seconds: float) -> Timestamp:
+    whole, nanos = _split(seconds)
+    return Timestamp(seconds=whole, nanos=nanos)
+
+
+def _split(seconds: float) -> tuple[int, int]:
     whole = math.floor(seconds)
-    return Timestamp(seconds=whole, nanos=min(999_999_999, int((seconds - whole) * 1e9)))
+    nanos = round((seconds - whole) * 1e9)
+    return (whole, nanos) if nanos < 1_000_000_000 else (whole + 1, 0)
 
 
 # --- answers
