@@ -4,10 +4,8 @@ mutants drive. Every check on what the scheduler says is here.
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 from octavo.config import CacheConfig, SchedulerConfig
@@ -17,76 +15,8 @@ from octavo.ipc import EngineCoreOutputs, EngineCoreRequest
 from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
 from octavo.types import FinishReason, GenerationParams, LogprobKind
 from property.fake_runner import FakePendingStep, FakeRunner, require
-from property.oracle import VOCAB_SIZE, Answer, answer, mix
-
-
-@dataclass(kw_only=True)
-class PromptSpec:
-    """What a test asks for; the session turns it into an EngineCoreRequest."""
-
-    tokens: list[int]
-    max_new_tokens: int
-    num_sequences: int = 1
-    priority: int = 0
-    salt: str = ""
-    bypass: bool = False
-    eos: tuple[int, ...] = ()
-    stop: tuple[int, ...] = ()
-    deadline: float | None = None
-    """Seconds from now."""
-    deadline_is_client: bool = True
-    max_time: float | None = None
-    length_is_context: bool = False
-    num_top: int | None = None
-    """Logprobs of generated tokens."""
-    prompt_logprobs: int | None = None
-
-
-@dataclass
-class Sequence:
-    """One sequence and what has been heard of it."""
-
-    prompt: SentPrompt
-    row: int
-    expected: Answer
-    received: list[int] = field(default_factory=list)
-    ended: FinishReason | Reason | None = None
-    aborted: bool = False
-
-    @property
-    def alive(self) -> bool:
-        return self.ended is None and not self.aborted
-
-
-@dataclass
-class SentPrompt:
-    spec: PromptSpec
-    key: int
-    seed: int
-    arrival: float
-    deadline: float | None
-    sequences: list[Sequence] = field(default_factory=list)
-    scheduled_time: float | None = None
-    """PromptStarted has come."""
-    next_prompt_logprob: int = 1
-    may_fail: bool = False
-
-    @property
-    def domain(self) -> int:
-        """Requests of equal domains may share blocks."""
-        return mix(mix(hash_of(self.spec.salt)) ^ (self.seed if self.spec.bypass else 0))
-
-
-def hash_of(text: str) -> int:
-    return int.from_bytes(text.encode(), "little") & ((1 << 62) - 1)
-
-
-def columns(outputs: EngineCoreOutputs) -> list[tuple[int, int, int]]:
-    """(key, token, finish) per entry."""
-    keys = np.frombuffer(outputs.keys, np.int64).tolist()
-    tokens = np.frombuffer(outputs.token_ids, np.int32).tolist()
-    finish = np.frombuffer(outputs.finish, np.uint8).tolist()
-    return list(zip(keys, tokens, finish, strict=True))
+from property.oracle import VOCAB_SIZE, answer
+from property.records import PromptSpec, SentPrompt, Sequence, columns
 
 
 class Session:
@@ -418,10 +348,3 @@ class Session:
             require(top == [(token_id + j) % VOCAB_SIZE for j in range(num_top)], "logprobs: top of", key, top)
             requested = values[offsets[i] : offsets[i + 1]].tolist()
             require(requested == [float(token_id + 3)] * (num_top % 3), "logprobs: requested of", key, requested)
-
-
-def random_prompt(rng: random.Random, group: int, length: int) -> list[int]:
-    """Prompts of one group share a beginning: the same tokens at first, then tokens of their own."""
-    shared = [mix(group * 1000 + position) % VOCAB_SIZE for position in range(length)]
-    split = rng.randint(0, length)
-    return shared[:split] + [rng.randrange(VOCAB_SIZE) for _ in range(length - split)]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.errors import Reason
-from property.session import PromptSpec, Session, random_prompt
+from property.records import PromptSpec, random_prompt
+from property.session import Session
 
 NUM_FRONTENDS = 3
 MAX_MODEL_LEN = 64

@@ -10,7 +10,8 @@ import traceback
 
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.errors import Reason
-from property.session import PromptSpec, Session, random_prompt
+from property.records import PromptSpec, random_prompt
+from property.session import Session
 
 MAX_MODEL_LEN = 64
 NUM_FRONTENDS = 3
