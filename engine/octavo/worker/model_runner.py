@@ -11,24 +11,20 @@ import torch
 from torch import Tensor
 
 from octavo.checkpoint import ModelSpec, read_spec
-from octavo.config import CacheConfig, EngineConfig
+from octavo.config import EngineConfig
 from octavo.errors import Reason, StartupError
 from octavo.step import Int32s, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
 from octavo.types import EngineInfo, GenerationParams
 from octavo.worker.device import choose_device, choose_dtype, describe_device
 from octavo.worker.gpt2 import GPT2
 from octavo.worker.input_batch import InputBatch, InputBatchBuilder
-from octavo.worker.kv_cache import KVCache
+from octavo.worker.kv_cache import KVCache, num_blocks_that_fit
 from octavo.worker.logprobs import gather_prompt_logprobs, join_prompt_logprobs
 from octavo.worker.noise import Noise
 from octavo.worker.request_states import Int64s, RequestStates
 from octavo.worker.sampler import Sampler
 from octavo.worker.weights import load_weights
 
-DEFAULT_CPU_CACHE = 1 << 30
-"""Bytes of the KV-cache on the CPU unless configured."""
-CUDA_RESERVE = 1 << 30
-"""Bytes of a GPU left for activations, logits and libraries."""
 PROMPT_LOGPROB_ROWS = 64
 """Positions whose whole rows of logits are held at once for prompt logprobs: 26 MB at GPT-2's vocabulary."""
 WARM_UP_TOKENS = 16
@@ -64,42 +60,41 @@ class ModelRunner:
         spec = read_spec(path)
         device = choose_device(config.model.device)
         dtype = choose_dtype(config.model, spec, device)
-        if config.model.quantization is not None and device.type != "cpu":
-            raise StartupError(StartupError.USAGE, "quantization: on the CPU only")
+        progress(f"device: {describe_device(device)}, dtype {_name(dtype)}")
         if config.model.num_threads:
             torch.set_num_threads(config.model.num_threads)
-        max_model_len = _max_model_len(config, spec)
         weights = load_weights(path, spec, device=device, dtype=dtype, progress=progress)
         self._model = GPT2(spec, weights.tensors, device=device, dtype=dtype, quantization=config.model.quantization)
-        self.num_blocks = _num_blocks(config, spec, device, dtype, max_model_len)
-        block_size = config.cache.block_size
-        self._kv_cache = KVCache(spec, self.num_blocks, block_size, device=device, dtype=dtype)
-        progress(f"KV-cache: {self.num_blocks} blocks of {block_size} tokens")
-        self._states = RequestStates(config.scheduler.max_num_requests, spec.n_positions, block_size, spec.vocab_size)
+        self._kv_cache = _make_cache(config, spec, device, dtype)
+        progress(f"KV-cache: {self._kv_cache.num_blocks} blocks of {config.cache.block_size} tokens")
+        self._states = RequestStates(
+            config.scheduler.max_num_requests, spec.n_positions, config.cache.block_size, spec.vocab_size
+        )
         self._noise = Noise(spec.vocab_size, device)
         self._sampler = Sampler(self._states, self._noise)
         self._batches = InputBatchBuilder(self._states, device)
+        self._warm_up(min(WARM_UP_TOKENS, spec.n_positions - 1, config.cache.block_size - 1))
+        self.num_blocks = self._kv_cache.num_blocks
         self.info = EngineInfo(
             model=config.model.name,
             architecture="GPT2LMHeadModel",
             weights_sha256=weights.sha256,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=_name(dtype),
             device=describe_device(device),
             attention_backend=self._model.attention_backend,
-            kv_cache_dtype=str(dtype).removeprefix("torch."),
+            kv_cache_dtype=_name(self._kv_cache.dtype),
             num_parameters=weights.num_parameters,
             vocab_size=spec.vocab_size,
             n_positions=spec.n_positions,
-            block_size=block_size,
+            block_size=config.cache.block_size,
             num_blocks=self.num_blocks,
             max_num_requests=config.scheduler.max_num_requests,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            max_model_len=max_model_len,
+            max_model_len=_max_model_len(config, spec),
             batch_invariant=False,
             start_time=time.time(),
         )
-        self._warm_up(min(WARM_UP_TOKENS, spec.n_positions - 1))
-        progress("warm")
+        weights.tensors.close()
 
     def submit(self, step: SchedulerOutput) -> PendingStep:
         """Launches a step; steps take effect in the order of the calls."""
@@ -178,7 +173,7 @@ class ModelRunner:
             token_ids=np.zeros(num_tokens, np.int32),
             prompt_len=num_tokens,
             num_computed_tokens=0,
-            block_ids=np.arange(1, 2 + num_tokens // self._states.block_size, dtype=np.int32),
+            block_ids=np.array([1], np.int32),
             params=GenerationParams(do_sample=True, top_k=50),
             max_total_tokens=num_tokens + 2,
             eos_token_ids=(),
@@ -213,36 +208,20 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     return asked
 
 
-def _num_blocks(
-    config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, max_model_len: int
-) -> int:
-    """Usable blocks: as configured, or as many as fit the memory and could ever be used.
-
-    Raises StartupError when not even one request of full length fits.
-    """
-    cache = config.cache
-    if cache.block_size not in (16, 32, 64):
-        raise StartupError(StartupError.USAGE, f"block-size {cache.block_size}: must be 16, 32 or 64")
-    blocks_per_request = -(-(max_model_len - 1) // cache.block_size)
-    block_bytes = KVCache.bytes_per_block(spec, cache.block_size, dtype)
-    num_blocks = cache.num_blocks
-    if not num_blocks:
-        fitting = _cache_memory(cache, device) // block_bytes - 1  # the null block
-        num_blocks = min(fitting, blocks_per_request * config.scheduler.max_num_requests)
-    if num_blocks < blocks_per_request:
-        raise StartupError(
-            StartupError.USAGE,
-            f"KV-cache: {num_blocks} blocks of {cache.block_size} tokens hold less than one request of {max_model_len} "
-            f"tokens; {blocks_per_request} blocks of {block_bytes >> 10} KiB are needed",
-        )
-    return num_blocks
+def _make_cache(config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> KVCache:
+    block_size = config.cache.block_size
+    if block_size not in (16, 32, 64):
+        raise StartupError(StartupError.USAGE, f"block-size {block_size}: must be 16, 32 or 64")
+    num_blocks = num_blocks_that_fit(
+        spec,
+        config.cache,
+        config.scheduler,
+        max_model_len=_max_model_len(config, spec),
+        dtype=dtype,
+        device=device,
+    )
+    return KVCache(spec, num_blocks, block_size, dtype=dtype, device=device)
 
 
-def _cache_memory(cache: CacheConfig, device: torch.device) -> int:
-    """Bytes for the KV-cache."""
-    if cache.memory:
-        return cache.memory
-    if device.type == "cpu":
-        return DEFAULT_CPU_CACHE
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(0, free - CUDA_RESERVE) * 9 // 10
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
