@@ -24,8 +24,8 @@ from typing import Any
 
 import msgspec
 
-from octavo import log
-from octavo.checkpoint import read_spec, resolve
+from octavo import __version__, log
+from octavo.checkpoint import DEMO, read_spec, resolve
 from octavo.child import Child, RestartPolicy, describe, limit_resources
 from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import StartupError
@@ -80,6 +80,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
                 admin_address=server.admin_address or f"unix:{run_directory.path}/admin.sock",
             )
             limit_resources()
+            _introduce(engine, server)
             return asyncio.run(_supervise(engine, server, run_directory))
     except StartupError as error:
         _complain(str(error))
@@ -344,6 +345,16 @@ class Supervisor:
 
 async def _supervise(engine: EngineConfig, server: ServerConfig, run_directory: RunDirectory) -> int:
     return await Supervisor(engine, server, run_directory).run()
+
+
+def _introduce(engine: EngineConfig, server: ServerConfig) -> None:
+    """The first lines of a start; the children tell the rest."""
+    bundled = engine.model.path == str(resolve(DEMO))
+    say(f"octavo {__version__}: {'the bundled model' if bundled else engine.model.path}, served as {engine.model.name}")
+    say(
+        f"operators: {server.admin_address}"
+        + (f", metrics: {server.metrics_address}" if server.metrics_address else "")
+    )
 
 
 def say(text: str) -> None:

@@ -13,9 +13,8 @@ import pytest
 from chaos.server_under_test import ServerUnderTest, engine_config, streams
 from octavo.checkpoint import resolve
 
-PICKLE = (
-    b"\x80\x04\x95\x19\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\nwte.weight\x94]\x94G\x00\x00\x00\x00\x00\x00\x00\x00as."
-)
+PICKLE = b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x03wte\x94]\x94s."
+"""{"wte": []}"""
 
 
 def refused(server: ServerUnderTest, timeout: float = 60.0) -> tuple[int, str]:
