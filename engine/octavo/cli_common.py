@@ -110,7 +110,7 @@ def as_dict(message: Message) -> dict[str, Any]:
     fields: dict[str, Any] = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    return fields
+    return {name: fields[name] for name in message.DESCRIPTOR.fields_by_name if name in fields}
 
 
 def print_json(value: Any) -> None:

@@ -268,7 +268,7 @@ class FakeServer(
         status = SERVING if serving else NOT_SERVING
         asyncio.run_coroutine_threadsafe(self.health.set(SERVICE, status), self.loop).result(5)
 
-    async def serve(self, started: threading.Event, stop: asyncio.Event, addresses: list[str]) -> None:
+    async def serve(self, started: threading.Event, stop: asyncio.Event, addresses: list[str], tls: Any) -> None:
         self.loop = asyncio.get_running_loop()
         app = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, app)
@@ -277,7 +277,7 @@ class FakeServer(
         health_pb2_grpc.add_HealthServicer_to_server(self.health, app)
         await self.health.set("", SERVING)
         await self.health.set(SERVICE, SERVING)
-        ports = [app.add_insecure_port(address) for address in addresses]
+        ports = [app.add_secure_port(address, tls) if tls else app.add_insecure_port(address) for address in addresses]
         self.address = f"127.0.0.1:{ports[0]}"
         await app.start()
         started.set()
@@ -286,14 +286,14 @@ class FakeServer(
 
 
 @contextlib.contextmanager
-def running(*addresses: str) -> Iterator[FakeServer]:
-    """A FakeServer on 127.0.0.1 and a free port, or on the given addresses."""
+def running(*addresses: str, tls: Any = None) -> Iterator[FakeServer]:
+    """A FakeServer on 127.0.0.1 and a free port, or on the given addresses. `tls`: grpc.ServerCredentials."""
     server, started, stops = FakeServer(), threading.Event(), []
 
     def main() -> None:
         async def run() -> None:
             stops.append(asyncio.Event())
-            await server.serve(started, stops[0], list(addresses) or ["127.0.0.1:0"])
+            await server.serve(started, stops[0], list(addresses) or ["127.0.0.1:0"], tls)
 
         asyncio.run(run())
 

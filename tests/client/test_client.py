@@ -29,7 +29,7 @@ CODE = grpc.StatusCode
 
 
 def bad_fields(*fields: str) -> error_details_pb2.BadRequest:
-    violations = [error_details_pb2.BadRequest.FieldViolation(field=name, description="bad") for name in fields]
+    violations = [error_details_pb2.BadRequest.FieldViolation(field=name, description="no") for name in fields]
     return error_details_pb2.BadRequest(field_violations=violations)
 
 
@@ -141,7 +141,7 @@ def test_interrupted_thread_cancels_its_call(
 
 ERRORS: list[tuple[Refusal, type[OctavoError]]] = [
     (
-        Refusal(CODE.INVALID_ARGUMENT, "bad", reason("INVALID_FIELD"), bad_fields("params.top_p", "model")),
+        Refusal(CODE.INVALID_ARGUMENT, "two fields", reason("INVALID_FIELD"), bad_fields("params.top_p", "model")),
         InvalidRequest,
     ),
     (
@@ -186,10 +186,10 @@ def test_status_with_details_becomes_a_typed_error(
         assert (error.max, error.got, error.prompt_index, error.reason) == (1025, 2000, 0, "CONTEXT_LENGTH_EXCEEDED")
     elif isinstance(error, Overloaded):
         assert error.retry_after == 1.5
-    elif refusal.message == "bad":
+    elif refusal.message == "two fields":
         assert isinstance(error, InvalidRequest)
-        assert error.violations == (Violation("params.top_p", "bad"), Violation("model", "bad"))
-        assert "params.top_p: bad" in str(error)
+        assert error.violations == (Violation("params.top_p", "no"), Violation("model", "no"))
+        assert str(error) == "INVALID_ARGUMENT/INVALID_FIELD: two fields (params.top_p: no; model: no) [request mine]"
 
 
 def test_garbled_details_leave_the_plain_status(server: FakeServer) -> None:
@@ -275,6 +275,9 @@ def test_wait_until_ready_returns_when_the_service_turns_serving(server: FakeSer
         with pytest.raises(DeadlineExceeded):
             client.wait_until_ready(timeout=0.3)
         assert client.info().model == "fake"  # facts are to be had meanwhile
+        with pytest.raises(Unavailable) as caught:
+            client.generate("a")
+        assert caught.value.reason == "NOT_SERVING"
         threading.Timer(0.3, server.set_serving, [True]).start()
         client.wait_until_ready(timeout=10)
         assert client.generate("a").text == " a"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -14,6 +14,9 @@ from octavo_proto.v1 import generation_pb2
 
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+NOT_SERVING = "NOT_SERVING"
+"""The one reason that this side makes up: every server's health says NOT_SERVING, so nothing was sent."""
+_UNHEALTHY = "backend unhealthy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +150,11 @@ def error_from_rpc(rpc_error: grpc.RpcError, request_id: str = "") -> OctavoErro
     name = code.name if code is not None else "UNKNOWN"
     details = trailers.get(DETAILS_KEY)
     failure = _from_details(details, name, str(rpc_error.details() or ""), request_id)
+    if name == "UNAVAILABLE" and _UNHEALTHY in failure.message:
+        failure = replace(failure, reason=NOT_SERVING, message="no server is ready: starting, restarting or draining")
     pushback = trailers.get(PUSHBACK_KEY)
     if failure.retry_after is None and pushback is not None and str(pushback).isdecimal():
-        failure = Failure(**{**_fields(failure), "retry_after": int(pushback) / 1000})
+        failure = replace(failure, retry_after=int(pushback) / 1000)
     return error_from(failure)
 
 
@@ -186,19 +191,15 @@ def _from_details(raw: bytes | str | None, code: str, message: str, request_id: 
 
 
 def _text(failure: Failure) -> str:
-    if not failure.violations:
-        return failure.message
-    listed = "; ".join(f"{item.field}: {item.description}" for item in failure.violations)
-    return f"{failure.message} ({listed})"
+    """The message and the violations that it does not tell itself."""
+    untold = [item for item in failure.violations if item.description not in failure.message]
+    listed = "; ".join(f"{item.field}: {item.description}" for item in untold)
+    return f"{failure.message} ({listed})" if listed else failure.message
 
 
 def _number(failure: Failure, name: str) -> int | None:
     value = failure.metadata.get(name, "")
     return int(value) if value.isdecimal() else None
-
-
-def _fields(failure: Failure) -> dict[str, Any]:
-    return {name: getattr(failure, name) for name in Failure.__dataclass_fields__}
 
 
 def _pairs(metadata: Iterable[tuple[str, Any]] | None) -> list[tuple[str, Any]]:
