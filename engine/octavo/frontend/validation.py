@@ -16,7 +16,7 @@ import numpy as np
 
 from octavo.config import Limits
 from octavo.errors import FieldViolation, Reason, RequestError
-from octavo.types import SUPPORTED_PARAMS, EarlyStopping, GenerationParams
+from octavo.types import EarlyStopping, GenerationParams
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9._:\-]{0,128}\Z")
 """Of request ids and cache salts."""
@@ -141,40 +141,6 @@ UNSUPPORTED_NEUTRAL: Final[dict[str, Any]] = {
     "max_matching_ngram_size": 2,
 }
 """Fields of GenerationParams that nothing honours yet, and the value that is honoured by doing nothing."""
-
-
-def supported_fields() -> list[str]:
-    """Every field that a request may set, as paths from GenerateRequest (GetModel.supported_fields)."""
-    names = GenerationParams.__struct_fields__
-    return [
-        "model",
-        "prompts.text",
-        "prompts.token_ids",
-        *(f"params.{name}" for name in names if name in SUPPORTED_PARAMS),
-        *(f"output.{name}" for name in OUTPUT_FIELDS),
-        *(f"prompt_options.{name}" for name in PROMPT_OPTION_FIELDS),
-        "cache.bypass_prefix_cache",
-        "cache.cache_salt",
-        "request_id",
-        "priority",
-    ]
-
-
-OUTPUT_FIELDS: Final = (
-    "include_prompt",
-    "return_text",
-    "return_token_ids",
-    "return_prompt_token_ids",
-    "skip_special_tokens",
-    "logprobs",
-    "logprob_kind",
-    "logprob_token_ids",
-    "prompt_logprobs",
-    "stream_min_tokens",
-    "stream_max_delay",
-    "return_resolved_options",
-)
-PROMPT_OPTION_FIELDS: Final = ("add_special_tokens", "split_special_tokens", "truncate_to_fit", "truncate_to_last")
 
 
 def check_ranges(violations: Violations, path: str, struct: Any, ranges: dict[str, Range]) -> set[str]:
