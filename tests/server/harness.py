@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -147,7 +146,6 @@ class Served:
     server: GrpcServer
     address: str
     client: Client
-    restarted: list[bool] = field(default_factory=list)
 
     def connect(self, address: str = "", **options: int) -> Client:
         """Another connection; the caller closes its channel."""
@@ -181,8 +179,13 @@ async def until(condition: Callable[[], bool], message: str | Callable[[], str],
 
 @contextlib.asynccontextmanager
 async def serving(
-    *, up: bool = True, limits: Limits | None = None, check: bool = True, server: dict[str, Any] | None = None, **config: Any
-) -> AsyncIterator[Served]:  # fmt: skip
+    *,
+    up: bool = True,
+    limits: Limits | None = None,
+    check: bool = True,
+    server: dict[str, Any] | None = None,
+    **config: Any,
+) -> AsyncIterator[Served]:
     """`server`: further arguments of GrpcServer; `config`: fields of ServerConfig."""
     settings = ServerConfig(**{"address": "127.0.0.1:0", "limits": limits or Limits(), **config})
     core = FakeCore()
@@ -203,7 +206,3 @@ async def serving(
         await client.channel.close()
         await grpc_server.stop(0)
         engine.close()
-
-
-def short_paths(folder: Path) -> Iterator[Path]:
-    yield folder

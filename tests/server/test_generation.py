@@ -42,7 +42,9 @@ def by_sequence(responses: list[pb.StreamGenerateResponse]) -> dict[tuple[int, i
 
 
 def of_unary(response: pb.GenerateResponse) -> dict[tuple[int, int], tuple[str, list[int], int]]:
-    return {(c.prompt_index, c.output_index): (c.text, list(c.token_ids), c.finish.reason) for c in response.completions}
+    return {
+        (c.prompt_index, c.output_index): (c.text, list(c.token_ids), c.finish.reason) for c in response.completions
+    }
 
 
 class SessionClient:
@@ -103,7 +105,9 @@ async def test_unary_answer_is_sorted_and_complete(served: Served) -> None:
     response = await served.client.generation.Generate(
         request("b", "a", "c", do_sample=True, num_return_sequences=2, seed=1, max_new_tokens=5)
     )
-    assert [(c.prompt_index, c.output_index) for c in response.completions] == [(p, o) for p in range(3) for o in (0, 1)]
+    assert [(c.prompt_index, c.output_index) for c in response.completions] == [
+        (p, o) for p in range(3) for o in (0, 1)
+    ]
     assert [p.prompt_index for p in response.prompts] == [0, 1, 2]
     assert response.model == "demo" and response.request_id
     assert response.usage.completion_tokens == 30

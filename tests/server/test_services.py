@@ -66,7 +66,9 @@ async def test_tokenize_and_detokenize_are_inverse(served: Served) -> None:
     assert list(back.texts) == texts
     skipped = model_pb2.DetokenizeRequest(token_ids=tokens.results, skip_special_tokens=True)
     assert (await served.client.models.Detokenize(skipped)).texts[2] == "xy"
-    split = model_pb2.TokenizeRequest(texts=texts[2:], prompt_options=types_pb2.PromptOptions(split_special_tokens=True))
+    split = model_pb2.TokenizeRequest(
+        texts=texts[2:], prompt_options=types_pb2.PromptOptions(split_special_tokens=True)
+    )
     assert 4095 not in (await served.client.models.Tokenize(split)).results[0].ids
 
 

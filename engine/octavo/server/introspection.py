@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from octavo.server.rpc import Call, Pipeline
+from octavo.server.statuses import PlainStatus
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 """The same messages as v1alpha; grpcio-reflection has no descriptor of it, so it is served but not listed."""
@@ -34,7 +35,10 @@ class Channelz:
         function = getattr(ChannelzServicer, name)
 
         async def method(request: Any, call: Call) -> Any:
-            return function(request, call.context)
+            answer = function(request, call.context)
+            if answer is None:  # it has set a status
+                raise PlainStatus(call.context.code(), call.context.details())
+            return answer
 
         return method
 

@@ -51,6 +51,8 @@ class ActiveRequest:
                 request, tenant=self._call.identity.tenant, deadline=self._deadline, streaming=self._streaming
             )
         except RequestError as error:
+            if error.reason is Reason.MODEL_NOT_FOUND:
+                error.metadata.setdefault("model", self._message.model[:128])
             if self._metrics is not None:
                 self._metrics.rejected(str(error.reason))
             raise

@@ -58,7 +58,7 @@ class Call:
         self._is_writing = False
         self._num_writes = 0
         self._stuck_timer: asyncio.TimerHandle | None = None
-        self._task = _current_task()
+        self._task = current_task()
 
     @property
     def is_admin(self) -> bool:
@@ -267,7 +267,7 @@ def _failure(error: BaseException, call: Call) -> RequestError | PlainStatus | N
     if isinstance(error, GeneratorExit | grpc.aio.AbortError | grpc.aio.InternalError):
         return None  # gRPC's own: the call is over
     if isinstance(error, asyncio.CancelledError):
-        task = _current_task()
+        task = current_task()
         if call.stuck_with is not None:
             task.uncancel()
             return call.stuck_with
@@ -284,7 +284,8 @@ def log_bug(error: BaseException, request_id: str) -> None:
     logger.error("request %s failed with %s at %s", request_id, type(error).__name__, where)
 
 
-def _current_task() -> asyncio.Task[Any]:
+def current_task() -> asyncio.Task[Any]:
+    """The task that runs this coroutine."""
     task = asyncio.current_task()
     assert task is not None, "gRPC runs each RPC in a task"
     return task

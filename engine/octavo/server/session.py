@@ -19,7 +19,7 @@ from octavo.frontend.async_engine import AsyncEngine
 from octavo.metrics import Metrics
 from octavo.server import convert, fields, statuses
 from octavo.server.requests import ActiveRequest, request_of
-from octavo.server.rpc import Call, log_bug
+from octavo.server.rpc import Call, current_task, log_bug
 
 Event = pb.GenerateSessionResponse.Event
 
@@ -133,9 +133,9 @@ class Session:
                     await self._outbox.sent.wait()
             self._half_closed = True
             self._stop_idle_timer()
-        except asyncio.CancelledError:
-            raise
         except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and current_task().cancelling():
+                raise
             self._failure = error
         self._wake.set()
 
@@ -178,11 +178,11 @@ class Session:
                         self._forget(tag)
                         return
                     await outbox.sent.wait()
-        except asyncio.CancelledError:
-            raise
         except RequestError as error:
             failure = error
         except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and current_task().cancelling():
+                raise
             log_bug(error, request_id)
             failure = statuses.internal()
         else:
