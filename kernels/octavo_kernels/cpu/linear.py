@@ -14,6 +14,7 @@ lose nothing. oneDNN's fp32 product gives a row the same bits whatever the numbe
 from __future__ import annotations
 
 import enum
+import math
 import warnings
 from typing import Final, Protocol
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo_kernels.activations import ACTIVATIONS
+from octavo_kernels.activations import ACTIVATIONS, Activation, gelu_tanh, identity
 
 FP16_MAX: Final = 65504.0
 ONEDNN_EPILOGUES: Final[dict[str, tuple[str, str]]] = {
@@ -38,6 +39,10 @@ ONEDNN_EPILOGUES: Final[dict[str, tuple[str, str]]] = {
     "tanh": ("tanh", ""),
 }
 """Activations that oneDNN applies inside the product: attribute and algorithm of `_linear_pointwise`."""
+
+
+SIGMOID_GELU_ROWS: Final = 4
+"""From this many rows on `gelu_tanh_by_sigmoid` beats F.gelu; 16 x 3072, 1 thread: 81 against 174 us."""
 
 
 class LinearKind(enum.StrEnum):
@@ -98,6 +103,20 @@ def pack(weight: Tensor, bias: Tensor | None, kind: LinearKind, activation: str 
     return PlainLinear(weight, bias, activation)
 
 
+def gelu_tanh_by_sigmoid(x: Tensor) -> Tensor:
+    """The tanh form of gelu as x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x^3)): exp is cheaper than tanh."""
+    if len(x) < SIGMOID_GELU_ROWS:
+        return gelu_tanh(x)
+    inner = (x * x).mul_(2 * 0.044715 * math.sqrt(2 / math.pi)).add_(2 * math.sqrt(2 / math.pi)).mul_(x)
+    return inner.sigmoid_().mul_(x)
+
+
+def unfused(activation: str | None) -> Activation:
+    """The fastest form of an activation that stands alone, on fp32."""
+    function = identity if activation is None else ACTIVATIONS[activation]
+    return gelu_tanh_by_sigmoid if function is gelu_tanh else function
+
+
 class OnednnLinear:
     """Weights in oneDNN's blocked layout; activation or residual inside the product."""
 
@@ -106,13 +125,13 @@ class OnednnLinear:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         self.attribute, self.algorithm = ONEDNN_EPILOGUES.get(activation or "", ("none", ""))
         fused = activation is None or activation in ONEDNN_EPILOGUES
-        self.activation = None if fused or activation is None else ACTIVATIONS[activation]
+        self.activation = identity if fused else unfused(activation)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
         y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.attribute, [], self.algorithm)
-        return y if self.activation is None else self.activation(y)
+        return self.activation(y)
 
 
 class HalfLinear:
@@ -121,12 +140,11 @@ class HalfLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
         fp32_bias = None if bias is None else bias.float()
         self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), fp32_bias)
-        self.activation = None if activation is None else ACTIVATIONS[activation]
+        self.activation = unfused(activation)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
-        if self.activation is not None:
-            y = self.activation(y)
+        y = self.activation(y)
         return y if residual is None else residual.add_(y)
 
 
@@ -150,7 +168,7 @@ class Int8Linear:
             self.weight = torch.ops.quantized.linear_prepack(quantized, fp32_bias)
         finally:
             torch.backends.quantized.engine = engine
-        self.activation = None if activation is None else ACTIVATIONS[activation]
+        self.activation = unfused(activation)
         # Without VNNI pairs of products are summed in 16 bits: 8-bit activations would saturate them.
         self.reduce_range = not torch.cpu._is_vnni_supported()
 
@@ -161,8 +179,7 @@ class Int8Linear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = torch.ops.quantized.linear_dynamic(x, self.weight, self.reduce_range)
-        if self.activation is not None:
-            y = self.activation(y)
+        y = self.activation(y)
         return y if residual is None else residual.add_(y)
 
 
@@ -170,10 +187,9 @@ class PlainLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
         self.weight = weight.contiguous()
         self.bias = None if bias is None else bias.to(weight.dtype)
-        self.activation = None if activation is None else ACTIVATIONS[activation]
+        self.activation = unfused(activation)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if self.activation is not None:
-            y = self.activation(y)
+        y = self.activation(y)
         return y if residual is None else y.add_(residual)
