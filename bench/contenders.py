@@ -1,0 +1,137 @@
+"""The systems that bench/cpu.py puts side by side, and the processes in which they live."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+START_TIMEOUT = 420.0
+RUN_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table: a system, its arithmetic, and how it is called."""
+
+    worker: str
+    """Script in bench/peers, without .py."""
+    dtype: str
+    mode: str = ""
+    """Passed to the worker with every batch; see its docstring."""
+    environment: str = ""
+    """Folder below .peers whose Python runs the worker; empty: this one."""
+
+
+CONTENDERS = {
+    "octavo": Contender("octavo_llm", "bfloat16"),
+    "octavo-stream": Contender("octavo_server", "bfloat16", "stream"),
+    "octavo-unary": Contender("octavo_server", "bfloat16", "unary"),
+    "octavo-batch": Contender("octavo_server", "bfloat16", "batch"),
+    "octavo-session": Contender("octavo_server", "bfloat16", "session"),
+    "vllm": Contender("vllm_llm", "bfloat16", environment="vllm"),
+    "vllm-stream": Contender("vllm_server", "bfloat16", "stream", environment="vllm"),
+    "vllm-unary": Contender("vllm_server", "bfloat16", "unary", environment="vllm"),
+    "transformers": Contender("transformers_generate", "bfloat16"),
+    "octavo-int8": Contender("octavo_llm", "int8"),
+    "octavo-int8-stream": Contender("octavo_server", "int8", "stream"),
+    "ctranslate2-int8": Contender("ctranslate2_generator", "int8", environment="ct2"),
+}
+DEFAULT = [
+    "octavo",
+    "octavo-stream",
+    "vllm",
+    "vllm-stream",
+    "transformers",
+    "octavo-int8",
+    "octavo-int8-stream",
+    "ctranslate2-int8",
+]
+COMPARISONS = [
+    ("octavo", "vllm"),
+    ("octavo", "transformers"),
+    ("octavo-stream", "vllm-stream"),
+    ("octavo-unary", "vllm-unary"),
+    ("octavo-stream", "octavo"),
+    ("octavo-unary", "octavo"),
+    ("octavo-batch", "octavo"),
+    ("octavo-session", "octavo"),
+    ("octavo-int8", "ctranslate2-int8"),
+    ("octavo-int8", "vllm"),
+    ("octavo-int8-stream", "octavo-int8"),
+]
+"""Pairs whose ratio of tokens per second is reported, first over second."""
+
+
+class WorkerError(Exception):
+    """A worker could not start, failed or did not answer in time."""
+
+
+class Worker:
+    """A system's process, kept warm from `start` to `close`. Contenders that differ in `mode` only share one."""
+
+    def __init__(self, contender: Contender, *, checkpoint: Path, scratch: Path, peers: Path, threads: int) -> None:
+        python = peers / contender.environment / "bin" / "python" if contender.environment else Path(sys.executable)
+        if not python.exists():
+            raise WorkerError(f"not installed here (no {contender.environment} in .peers, see bench/README.md)")
+        scratch.mkdir(parents=True, exist_ok=True)
+        self.versions: dict[str, str] = {}
+        self._log = scratch / f"{contender.worker}-{contender.dtype}.log"
+        command = [python, HERE / "peers" / f"{contender.worker}.py", "--dtype", contender.dtype]
+        command += ["--checkpoint", checkpoint, "--threads", str(threads), "--scratch", scratch]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=scratch,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        self.versions = self._read(START_TIMEOUT)["versions"]
+
+    def run(self, prompts: list[list[int]], new_tokens: int, mode: str) -> tuple[float, list[list[int]]]:
+        """Seconds and new token ids of one batch."""
+        assert self._process.stdin is not None
+        message = {"prompts": prompts, "new_tokens": new_tokens, "mode": mode}
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise WorkerError(f"ended; see {self._log.name}") from error
+        answer = self._read(RUN_TIMEOUT)
+        return answer["seconds"], answer["token_ids"]
+
+    def _read(self, timeout: float) -> dict[str, Any]:
+        """One line. The worker writes a whole line at once and only when asked, so that select() can be trusted."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], timeout)[0]:
+            raise WorkerError(f"no answer within {timeout:.0f} s; see {self._log.name}")
+        line = self._process.stdout.readline()
+        if not line:
+            raise WorkerError(f"ended; see {self._log.name}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Lets the worker end by itself, then ends whatever is left of its process group."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()

@@ -1,0 +1,35 @@
+"""octavo in process: `octavo.llm.LLM`."""
+
+from __future__ import annotations
+
+import time
+
+import worker_loop
+
+from octavo.llm import LLM
+
+QUANTIZED = {"dtype": "bfloat16", "quantization": "int8"}
+
+
+class InProcess:
+    def __init__(self, options: worker_loop.Options) -> None:
+        model = QUANTIZED if options.dtype == "int8" else {"dtype": options.dtype}
+        self._llm = LLM(
+            str(options.checkpoint),
+            device="cpu",
+            num_threads=options.threads,
+            enable_prefix_caching=False,
+            **model,
+        )
+
+    def run(self, prompts: list[list[int]], new_tokens: int, mode: str) -> tuple[float, list[list[int]]]:
+        begin = time.perf_counter()
+        outputs = self._llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+        return time.perf_counter() - begin, [list(output.token_ids) for output in outputs]
+
+    def close(self) -> None:
+        self._llm.close()
+
+
+if __name__ == "__main__":
+    worker_loop.serve(InProcess, "octavo", "torch")

@@ -1,0 +1,85 @@
+"""The loop of a benchmark worker: one engine, kept warm, that answers "run this batch" over standard input and output.
+
+Every system in bench/cpu.py is such a worker, in a process of its own that runs in the system's own environment, so
+this file and its neighbours need nothing but the standard library and the system they drive. One JSON object a line:
+
+    worker  {"ready": true, "versions": {...}}
+    parent  {"prompts": [[id, ...], ...], "new_tokens": 64, "mode": "stream"}
+    worker  {"seconds": 1.2, "token_ids": [[id, ...], ...]}          or {"error": "..."}, after which it ends
+
+The worker ends at the end of its input. Whatever the system prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a worker is started with."""
+
+    checkpoint: Path
+    """Folder of a GPT2LMHeadModel."""
+    dtype: str
+    """"bfloat16", "float32" or "int8"."""
+    threads: int
+    """OpenMP threads; 0: the system's own choice."""
+    scratch: Path
+    """A folder for what the system wants to keep (compiled graphs, converted weights)."""
+
+
+class Engine(Protocol):
+    def run(self, prompts: list[list[int]], new_tokens: int, mode: str) -> tuple[float, list[list[int]]]:
+        """Completes all prompts at once, greedily, by `new_tokens` each whatever they are.
+
+        Returns seconds from handing the prompts over until the last answer is complete, and the new tokens' ids.
+        """
+
+    def close(self) -> None: ...
+
+
+def serve(start: Callable[[Options], Engine], *packages: str) -> None:
+    """Runs a worker. `start` makes the engine, ready for its first batch; `packages` are those whose versions count."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--scratch", type=Path, required=True)
+    options = Options(**vars(parser.parse_args()))
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    engine = None
+    try:
+        engine = start(options)
+        print(json.dumps({"ready": True, "versions": {name: metadata.version(name) for name in packages}}), file=replies)
+        for line in sys.stdin:
+            seconds, token_ids = engine.run(**json.loads(line))
+            print(json.dumps({"seconds": seconds, "token_ids": token_ids}), file=replies)
+    except Exception as error:
+        traceback.print_exc()
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"[:500]}), file=replies)
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def stop(process: subprocess.Popen[bytes], patience: float = 20.0) -> None:
+    """Ends a server that a worker started: politely, then not."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
