@@ -64,6 +64,8 @@ def test_chunk_limit_leaves_room_for_other_prompts() -> None:
     steps = Steps(max_num_batched_tokens=16, max_chunk_tokens=5)
     steps.add(request(1, 12), request(2, 12), request(3, 12), request(4, 12))
     assert steps.step() == {1: 5, 2: 5, 3: 5, 4: 1}
+    assert steps.step() == {1: 5, 2: 5, 3: 5, 4: 1}
+    assert steps.step() == {1: 2, 2: 2, 3: 2, 4: 5}
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_computed() -> None:
@@ -119,10 +121,11 @@ def test_victim_has_the_lowest_priority_even_if_it_came_first() -> None:
 
 
 def test_step_that_preempted_admits_nobody() -> None:
-    steps = full_pool(0, 0, 0)
+    steps = full_pool(0, 0)
     steps.add(request(9, 1, priority=50))
-    assert list(steps.step()) == [1, 2]
+    assert list(steps.step()) == [1]
     assert steps.entered == []
+    assert steps.scheduler.pool.num_free == 1  # 9 would have fitted
 
 
 def test_preempted_request_comes_back_with_all_its_tokens_and_is_reported() -> None:
