@@ -69,7 +69,7 @@ def random_cases(path: Path, count: int, seed: int) -> list[Case]:
 
 
 def _random_case(rng: random.Random, text: list[int], eos: int) -> Case:
-    length = rng.choice([1, 2, rng.randint(3, 30), rng.randint(30, 70), rng.randint(70, 150)])
+    length = rng.choice([1, 2, rng.randint(3, 30), rng.randint(3, 30), rng.randint(30, 70), rng.randint(70, 120)])
     start = 0 if rng.random() < 0.4 else rng.randrange(len(text) - length)
     prompt = text[start : start + length]
     if rng.random() < 0.05:
@@ -96,7 +96,7 @@ def _random_case(rng: random.Random, text: list[int], eos: int) -> Case:
         prompt=prompt,
         seed=rng.randrange(2**63),
         num_sequences=rng.choice([1, 1, 1, 2, 3, 4]) if params["do_sample"] else 1,
-        max_new_tokens=rng.choice([1, 8, 12, 16, 24]),
+        max_new_tokens=rng.choice([1, 6, 10, 14, 20]),
         params=params,
         eos=rng.choice([(eos,), (eos, rng.choice(COMMON)), (rng.choice(COMMON),), ()]),
         stop=stop,

@@ -12,7 +12,7 @@ from parity.cases import Answer, Case, random_cases, transformers_answers
 from parity.engine import engine_answers
 
 NUM_CASES = 200
-MAX_MODEL_LEN = 193
+MAX_MODEL_LEN = 145
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,26 @@ class Setting:
     prefix_caching: bool
     chunk: int
     """Most tokens of a prompt in one step; 0: no limit."""
-    preempts: bool
-    """Whether blocks are so few that running requests have to make way."""
+    num_blocks: int = 0
+    """So few that running requests have to make way; 0: enough for all."""
     max_num_requests: int = 32
     max_num_batched_tokens: int = 2048
 
+    def __str__(self) -> str:
+        cache = "cache" if self.prefix_caching else "no cache"
+        blocks = f"{self.num_blocks or 'all'} blocks of {self.block_size}"
+        return f"{blocks}, {cache}, chunks of {self.chunk}, {self.max_num_requests} requests"
+
 
 SETTINGS = [
-    Setting(block_size=16, prefix_caching=True, chunk=2048, preempts=False),
-    Setting(block_size=16, prefix_caching=False, chunk=7, preempts=True),
-    Setting(block_size=32, prefix_caching=True, chunk=64, preempts=True),
-    Setting(block_size=32, prefix_caching=False, chunk=1, preempts=False, max_num_requests=64),
-    Setting(block_size=64, prefix_caching=True, chunk=7, preempts=True),
-    Setting(block_size=64, prefix_caching=False, chunk=2048, preempts=True),
-    Setting(block_size=16, prefix_caching=True, chunk=1, preempts=True, max_num_batched_tokens=40),
-    Setting(block_size=32, prefix_caching=True, chunk=2048, preempts=True, max_num_requests=8),
+    Setting(block_size=16, prefix_caching=True, chunk=2048),
+    Setting(block_size=16, prefix_caching=False, chunk=7, num_blocks=27),
+    Setting(block_size=32, prefix_caching=True, chunk=64, num_blocks=11),
+    Setting(block_size=32, prefix_caching=False, chunk=1, max_num_requests=64),
+    Setting(block_size=64, prefix_caching=True, chunk=7, num_blocks=6),
+    Setting(block_size=64, prefix_caching=False, chunk=2048, num_blocks=6),
+    Setting(block_size=16, prefix_caching=True, chunk=1, num_blocks=27, max_num_batched_tokens=40),
+    Setting(block_size=32, prefix_caching=True, chunk=2048, num_blocks=9, max_num_requests=8),
 ]
 
 
@@ -56,20 +61,13 @@ def expected(path: Path, cases: list[Case]) -> list[Answer]:
     return transformers_answers(path, cases)
 
 
-def num_blocks(setting: Setting) -> int:
-    per_request = -(-(MAX_MODEL_LEN - 1) // setting.block_size)
-    if not setting.preempts:
-        return per_request * setting.max_num_requests
-    return per_request + max(2, setting.max_num_requests // setting.block_size)
-
-
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_every_token_equals_transformers_alone(setting: Setting, path, cases, expected):
     config = EngineConfig(
         model=ModelConfig(path=str(path), name="demo", device="cpu", dtype="float32"),
         cache=CacheConfig(
             block_size=setting.block_size,
-            num_blocks=num_blocks(setting),
+            num_blocks=setting.num_blocks,
             enable_prefix_caching=setting.prefix_caching,
         ),
         scheduler=SchedulerConfig(
@@ -83,12 +81,12 @@ def test_every_token_equals_transformers_alone(setting: Setting, path, cases, ex
     answers, load = engine_answers(config, cases, order_seed=setting.block_size + setting.chunk)
     wrong = [i for i in range(len(cases)) if answers[i] != expected[i]]
     assert wrong == [], f"case {wrong[0]}: {cases[wrong[0]]}\n{answers[wrong[0]]}\n{expected[wrong[0]]}"
-    assert (load.preemptions > 0) == setting.preempts
+    assert (load.preemptions > 0) == (setting.num_blocks > 0)
     assert (load.prefix_cache_hits > 0) == setting.prefix_caching
 
 
 def test_the_cases_are_not_vacuous(cases, expected):
-    assert sum(len(tokens) for answer in expected for tokens in answer.token_ids) > 2500
+    assert sum(len(tokens) for answer in expected for tokens in answer.token_ids) > 2000
     reasons = [reason for answer in expected for reason in answer.finish]
     assert {reason.name: reasons.count(reason) > 10 for reason in set(reasons)} == {
         "EOS": True,
