@@ -1,5 +1,7 @@
 """Metrics: declared once, right with one front-end and with several."""
 
+from pathlib import Path
+
 from octavo.metrics import TABLE, Metrics, Source, render_table
 from octavo.types import EngineInfo, EngineLoad, FinishInfo, FinishReason, GenerateUpdate, OutputDelta, Timing, Usage
 from prometheus_client.parser import text_string_to_metric_families
@@ -39,6 +41,11 @@ def test_every_metric_of_the_table_is_rendered_and_documented():
     for spec in TABLE:
         assert f"# TYPE {spec.full_name} {spec.kind}" in text
         assert f"`{spec.full_name}`" in table
+
+
+def test_the_table_of_the_documentation_is_fresh():
+    page = Path(__file__).parents[1] / "docs" / "metrics.md"
+    assert render_table() in page.read_text()
 
 
 def test_engine_totals_go_on_over_a_restart():

@@ -25,6 +25,13 @@ def test_a_directory_in_use_is_refused_and_left_alone(tmp_path):
     RunDirectory(str(tmp_path / "run")).close()
 
 
+def test_what_a_killed_server_left_is_taken_over_and_removed(tmp_path):
+    path = tmp_path / "run"
+    os.close(RunDirectory(str(path))._lock)  # as the kernel does
+    RunDirectory(str(path)).close()
+    assert not path.exists()
+
+
 def test_stale_sockets_are_replaced_but_one_with_a_live_peer_never_is(tmp_path):
     path = tmp_path / "core-0.sock"
     with socket.socket(socket.AF_UNIX) as listener:

@@ -29,8 +29,10 @@ class RunDirectory:
 
     def __init__(self, configured: str) -> None:
         """`configured` may be empty: a fresh folder under XDG_RUNTIME_DIR or the temporary folder."""
-        self._fresh = not configured or not Path(configured).exists()
-        self.path = Path(configured).absolute() if configured else _fresh_folder()
+        folder = Path(configured) if configured else None
+        self._fresh = folder is None or not folder.exists() or (folder / _LOCK).exists()
+        """Made by this server or by one that did not live to remove it: goes away at the end."""
+        self.path = folder.absolute() if folder is not None else _fresh_folder()
         longest = self.path / _LONGEST_NAME
         if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
             if not configured:
@@ -51,6 +53,8 @@ class RunDirectory:
             raise _usage(f"run directory {self.path}: in use by a running server") from None
         for path in self.path.glob("*.sock"):
             if is_listening(path):
+                if not self._fresh:
+                    (self.path / _LOCK).unlink(missing_ok=True)
                 os.close(self._lock)
                 raise _usage(f"run directory {self.path}: somebody listens on {path.name}")
             path.unlink()

@@ -70,6 +70,18 @@ async def test_killed_core_fails_its_streams_within_a_second_and_is_replaced(ser
     assert server.frontend_pids == before
 
 
+async def test_killed_only_frontend_comes_back_on_its_port_and_the_core_forgets_its_requests(server):
+    core, (frontend,) = server.core_pid, server.frontend_pids
+    running = await streams(server.address, 2, 900)
+    kill(frontend)
+    await asyncio.gather(*(stream.task for stream in running))
+    assert {stream.error.code() for stream in running} == {grpc.StatusCode.UNAVAILABLE}
+    await generate_when_up(server.address, 10)
+    assert server.core_pid == core
+    load = await get_load(server.address)
+    assert load.running_requests == load.waiting_requests == 0
+
+
 async def test_stopped_core_is_replaced_by_the_watchdog_with_its_stacks_in_the_log(server):
     old_core = server.core_pid
     running = await streams(server.address, 2, 900)
