@@ -1,4 +1,4 @@
-"""Fixtures of the server's tests, and the promise over all of them."""
+"""Fixtures of the server's tests."""
 
 from __future__ import annotations
 
