@@ -298,7 +298,7 @@ class Scheduler:
         plan.admitted.append((slot, count))
         plan.budget -= count
         self._note_admission(request, num_cached, now)
-        plan.new_requests.append(self._new_request(request, num_cached))
+        plan.new_requests.append(self._new_request(request, num_cached, forked=fork))
         self._shares.note_fork(request)
         return True
 
@@ -314,9 +314,9 @@ class Scheduler:
             if request.num_tokens == len(group.prompt):
                 self._time_limits.add(group.start_time + spec.params.max_time, request)
 
-    def _new_request(self, request: Request, num_computed: int) -> NewRequest:
+    def _new_request(self, request: Request, num_computed: int, *, forked: bool) -> NewRequest:
         group, spec = request.group, request.spec
-        wants_prompt = not request.forks and group.num_prompt_logprobs < len(group.prompt) - 1
+        wants_prompt = not forked and group.num_prompt_logprobs < len(group.prompt) - 1
         return NewRequest(
             slot=request.slot,
             group_id=group.group_id,
@@ -439,6 +439,7 @@ class Scheduler:
             return
         group = request.group
         skip = group.num_prompt_logprobs + 1 - values.start
+        assert skip >= 0, "a chunk of prompt logprobs is missing"
         if skip < len(values.chosen):
             group.num_prompt_logprobs += len(values.chosen) - skip
             columns = prompt_logprob_columns(group.spec.key, values, skip)
