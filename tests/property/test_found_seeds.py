@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from property.workload import run_workload
 
 FOUND = {
@@ -11,6 +10,8 @@ FOUND = {
     10: "a group is released with its last slot",
     38: "a block freed by a fork is a copy's destination in the same step",
     146: "prompt logprobs survive the sequence that computed them",
+    291: "a sibling that computes the prompt itself gets its logprobs",
+    538: "the same, after its share was dropped",
 }
 
 
