@@ -63,10 +63,13 @@ class ModelRunner:
         progress(f"device: {describe_device(device)}, dtype {_name(dtype)}")
         if config.model.num_threads:
             torch.set_num_threads(config.model.num_threads)
+        if device.type == "cpu":  # what cannot work is said before the weights are read; a GPU's memory is known after
+            _num_blocks(config, spec, device, dtype)
         weights = load_weights(path, spec, device=device, dtype=dtype, progress=progress)
         self._model = GPT2(spec, weights.tensors, device=device, dtype=dtype, quantization=config.model.quantization)
-        self._kv_cache = _make_cache(config, spec, device, dtype)
-        progress(f"KV-cache: {self._kv_cache.num_blocks} blocks of {config.cache.block_size} tokens")
+        self.num_blocks = _num_blocks(config, spec, device, dtype)
+        self._kv_cache = KVCache(spec, self.num_blocks, config.cache.block_size, dtype=dtype, device=device)
+        progress(f"KV-cache: {self.num_blocks} blocks of {config.cache.block_size} tokens")
         self._states = RequestStates(
             config.scheduler.max_num_requests, spec.n_positions, config.cache.block_size, spec.vocab_size
         )
@@ -74,7 +77,6 @@ class ModelRunner:
         self._sampler = Sampler(self._states, self._noise)
         self._batches = InputBatchBuilder(self._states, device)
         self._warm_up(min(WARM_UP_TOKENS, spec.n_positions - 1, config.cache.block_size - 1))
-        self.num_blocks = self._kv_cache.num_blocks
         self.info = EngineInfo(
             model=config.model.name,
             architecture="GPT2LMHeadModel",
@@ -208,11 +210,12 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     return asked
 
 
-def _make_cache(config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> KVCache:
+def _num_blocks(config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> int:
+    """Usable blocks of the cache. Raises StartupError for sizes that cannot work."""
     block_size = config.cache.block_size
     if block_size not in (16, 32, 64):
         raise StartupError(StartupError.USAGE, f"block-size {block_size}: must be 16, 32 or 64")
-    num_blocks = num_blocks_that_fit(
+    return num_blocks_that_fit(
         spec,
         config.cache,
         config.scheduler,
@@ -220,7 +223,6 @@ def _make_cache(config: EngineConfig, spec: ModelSpec, device: torch.device, dty
         dtype=dtype,
         device=device,
     )
-    return KVCache(spec, num_blocks, block_size, dtype=dtype, device=device)
 
 
 def _name(dtype: torch.dtype) -> str:
