@@ -73,9 +73,9 @@ async def test_metrics_add_up_over_the_front_ends(server):
 
 
 async def test_killed_frontend_frees_its_requests_and_others_go_on_unchanged(server):
-    solo = Stream(server.address, 400)
+    solo = Stream(server.address, 250)
     await solo.task
-    running = await streams_on_both(server, 400)
+    running = await streams_on_both(server, 250)
     core = server.core_pid
     victim, survivor = server.frontend_pids
     kill(victim)

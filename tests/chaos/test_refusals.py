@@ -83,7 +83,7 @@ async def test_second_signal_ends_everything_within_three_seconds():
     server = ServerUnderTest(drain_timeout=60.0)
     try:
         await asyncio.to_thread(server.wait_until_ready)
-        running = await streams(server.address, 4, 1000)
+        running = await streams(server.address, 2, 1000)
         server.terminate()
         await asyncio.sleep(0.3)
         assert server.process.poll() is None
