@@ -251,6 +251,9 @@ async def test_session_errors_are_in_band_and_the_stream_lives_on(served: Served
     error = await session.read_until_error(1)
     assert (error.code, error.reason) == (3, "INVALID_FIELD")
     assert [v.field for v in error.field_violations] == ["params.top_p"]
+    await session.submit(3, request("x", max_new_tokens=5000))
+    error = await session.read_until_error(3)
+    assert error.reason == "CONTEXT_LENGTH_EXCEEDED" and {"max", "got", "request_id"} <= set(error.metadata)
     await session.submit(2, request("x", max_new_tokens=2))
     await session.finish()
     assert session.responses[2][-1].HasField("usage")

@@ -255,7 +255,7 @@ def test_details_stay_small_and_tell_how_many_fields_are_left_out() -> None:
     assert kept[0] == violations[0]
     assert kept[-1].description.endswith("further fields at fault")
     assert str(1000 - len(kept)) in kept[-1].description
-    in_band = statuses.in_band(error)
+    in_band = statuses.in_band(error, "r")
     assert len(in_band.field_violations) == len(kept)
 
 

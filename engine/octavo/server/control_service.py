@@ -12,10 +12,10 @@ from octavo_proto.v1 import control_pb2 as pb
 
 from octavo import __version__
 from octavo.config import ServerConfig
-from octavo.errors import FieldViolation, Reason, RequestError
+from octavo.errors import Reason, RequestError
 from octavo.frontend.async_engine import AsyncEngine, EngineState
 from octavo.frontend.cluster import Cluster
-from octavo.server import convert, fields
+from octavo.server import convert, fields, statuses
 from octavo.server.rpc import Call
 
 _STATES = {
@@ -110,9 +110,9 @@ class ControlService:
         if request.all and not call.is_admin:
             raise _not_admin()
         if request.all and request.request_ids:
-            raise _invalid("request_ids", "excluded by `all`")
+            raise statuses.invalid("request_ids", "excluded by `all`")
         if not request.all and not 1 <= len(request.request_ids) <= _MAX_IDS:
-            raise _invalid("request_ids", f"must have 1 to {_MAX_IDS} entries, has {len(request.request_ids)}")
+            raise statuses.invalid("request_ids", f"must have 1 to {_MAX_IDS} entries, has {len(request.request_ids)}")
         ids = None if request.all else list(dict.fromkeys(request.request_ids))
         tenant = None if call.is_admin else call.identity.tenant
         payload = json.dumps({"request_ids": ids, "tenant": tenant})
@@ -134,7 +134,7 @@ class ControlService:
         fields.reject_unknown(request)
         if request.undo:
             if request.shutdown or request.HasField("timeout"):
-                raise _invalid("undo", "excludes the other fields")
+                raise statuses.invalid("undo", "excludes the other fields")
             await self._undo()
             return pb.DrainResponse()
         timeout = _seconds(request, "timeout", self._config.drain_timeout, 0.0, _MAX_TIMEOUT)
@@ -222,16 +222,10 @@ def _seconds(message: Any, name: str, default: float, low: float, high: float) -
     try:
         value = fields.seconds(getattr(message, name))
     except ValueError:
-        raise _invalid(name, "not a valid Duration") from None
+        raise statuses.invalid(name, "not a valid Duration") from None
     if not low <= value <= high:
-        raise _invalid(name, f"must be {low:g} s to {high:g} s, is {value:g} s")
+        raise statuses.invalid(name, f"must be {low:g} s to {high:g} s, is {value:g} s")
     return value
-
-
-def _invalid(path: str, description: str) -> RequestError:
-    return RequestError(
-        Reason.INVALID_FIELD, "the request has invalid fields", violations=[FieldViolation(path, description)]
-    )
 
 
 def _not_admin() -> RequestError:

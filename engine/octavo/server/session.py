@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 from octavo_proto.v1 import generation_pb2 as pb
 
-from octavo.errors import FieldViolation, Reason, RequestError
+from octavo.errors import Reason, RequestError
 from octavo.frontend.async_engine import AsyncEngine
 from octavo.metrics import Metrics
 from octavo.server import convert, fields, statuses
 from octavo.server.requests import ActiveRequest, request_of
-from octavo.server.rpc import Call, current_task, log_bug
+from octavo.server.rpc import REQUEST_ID, Call, current_task, log_bug
 
 Event = pb.GenerateSessionResponse.Event
 
@@ -33,6 +33,12 @@ class SessionTimes:
 
     first_request: float = 30.0
     idle: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    task: asyncio.Task[None]
+    request_id: str
 
 
 @dataclass(slots=True)
@@ -52,7 +58,7 @@ class Session:
         self._call = call
         self._metrics = metrics
         self._times = times
-        self._running: dict[int, asyncio.Task[None]] = {}
+        self._running: dict[int, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         """Pumps, those of requests that were cancelled included."""
         self._outbox = _Outbox()
@@ -128,7 +134,7 @@ class Session:
                         fields.reject_unknown(message.cancel, "cancel.")
                         self._cancel(message.cancel.tag)
                     case _:
-                        raise _invalid("op", "must be set")
+                        raise statuses.invalid("op", "must be set")
                 if len(self._outbox.events) > _MAX_PENDING:
                     await self._outbox.sent.wait()
             self._half_closed = True
@@ -144,31 +150,32 @@ class Session:
         self._stop_idle_timer()
         limit = self._engine.limits.max_session_requests
         if tag in self._running:
-            self._put_error(tag, RequestError(Reason.TAG_IN_USE, f"a running request of this stream has the tag {tag}"))
+            text = f"a running request of this stream has the tag {tag}"
+            self._put_error(tag, RequestError(Reason.TAG_IN_USE, text), _request_id(submit))
         elif len(self._running) >= limit:
             text = f"{limit} requests are running on this stream; wait for one of them"
-            self._put_error(tag, RequestError(Reason.SESSION_FULL, text))
+            self._put_error(tag, RequestError(Reason.SESSION_FULL, text), _request_id(submit))
         else:
-            task = asyncio.create_task(self._pump(submit), name="octavo session request")
+            request_id = _request_id(submit)
+            task = asyncio.create_task(self._pump(submit, request_id), name="octavo session request")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            self._running[tag] = task
+            self._running[tag] = _Running(task, request_id)
         if not self._running:
             self._start_idle_timer(self._times.idle)
 
     def _cancel(self, tag: int) -> None:
         running = self._running.get(tag)
         if running is not None:
-            running.cancel()
-            self._put_error(tag, RequestError(Reason.CLIENT_CANCELLED, "cancelled"))
+            running.task.cancel()
+            self._put_error(tag, RequestError(Reason.CLIENT_CANCELLED, "cancelled"), running.request_id)
             self._forget(tag)
 
     # --- a request
 
-    async def _pump(self, submit: pb.GenerateSessionRequest.Submit) -> None:
+    async def _pump(self, submit: pb.GenerateSessionRequest.Submit, request_id: str) -> None:
         """After the request's last event it is no longer running, whatever the writer does."""
         tag = submit.tag
-        request_id = uuid.uuid4().hex
         try:
             async with self._open(submit, request_id) as active:
                 active.handle.on_failure(self._reader_may_be_stuck)
@@ -187,7 +194,7 @@ class Session:
             failure = statuses.internal()
         else:
             failure = statuses.internal()  # a handle ended without usage and without error
-        self._put_error(tag, failure)
+        self._put_error(tag, failure, request_id)
         self._forget(tag)
 
     def _reader_may_be_stuck(self, error: RequestError) -> None:
@@ -215,7 +222,7 @@ class Session:
             except ValueError:
                 timeout = -1.0
             if timeout < 0:
-                raise _invalid("timeout", "must be a Duration of at least 0 s")
+                raise statuses.invalid("timeout", "must be a Duration of at least 0 s")
             ends.append(time.monotonic() + timeout)
         return min(ends, default=None)
 
@@ -224,8 +231,8 @@ class Session:
         self._wake.set()
         return self._outbox
 
-    def _put_error(self, tag: int, error: RequestError) -> None:
-        self._put(Event(tag=tag, error=statuses.in_band(error)))
+    def _put_error(self, tag: int, error: RequestError, request_id: str) -> None:
+        self._put(Event(tag=tag, error=statuses.in_band(error, request_id)))
 
     def _forget(self, tag: int) -> None:
         del self._running[tag]
@@ -248,7 +255,7 @@ class Session:
         self._wake.set()
 
 
-def _invalid(path: str, description: str) -> RequestError:
-    return RequestError(
-        Reason.INVALID_FIELD, "the request has invalid fields", violations=[FieldViolation(path, description)]
-    )
+def _request_id(submit: pb.GenerateSessionRequest.Submit) -> str:
+    """The client's if it is a valid one, else one made up."""
+    own = submit.request.request_id
+    return own if REQUEST_ID.fullmatch(own) else uuid.uuid4().hex

@@ -111,7 +111,7 @@ async def abort(context: Any, error: RequestError, request_id: str) -> NoReturn:
     raise AssertionError("context.abort returned")
 
 
-def in_band(error: RequestError) -> generation_pb2.RequestError:
+def in_band(error: RequestError, request_id: str) -> generation_pb2.RequestError:
     """The form of a GenerateSession."""
     delay = retry_after(error)
     return generation_pb2.RequestError(
@@ -123,6 +123,14 @@ def in_band(error: RequestError) -> generation_pb2.RequestError:
             for violation in fitting(error.violations, MAX_DETAILS)
         ],
         retry_delay=convert.duration(delay) if delay is not None else None,
+        metadata=error.metadata | {"request_id": request_id},
+    )
+
+
+def invalid(path: str, description: str) -> RequestError:
+    """One field at fault."""
+    return RequestError(
+        Reason.INVALID_FIELD, "the request has invalid fields", violations=[FieldViolation(path, description)]
     )
 
 

@@ -158,7 +158,14 @@ class GenerateSessionResponse(_message.Message):
     def __init__(self, events: _Optional[_Iterable[_Union[GenerateSessionResponse.Event, _Mapping]]] = ...) -> None: ...
 
 class RequestError(_message.Message):
-    __slots__ = ("code", "message", "reason", "field_violations", "retry_delay")
+    __slots__ = ("code", "message", "reason", "field_violations", "retry_delay", "metadata")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     class FieldViolation(_message.Message):
         __slots__ = ("field", "description")
         FIELD_FIELD_NUMBER: _ClassVar[int]
@@ -171,9 +178,11 @@ class RequestError(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     FIELD_VIOLATIONS_FIELD_NUMBER: _ClassVar[int]
     RETRY_DELAY_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
     code: int
     message: str
     reason: str
     field_violations: _containers.RepeatedCompositeFieldContainer[RequestError.FieldViolation]
     retry_delay: _duration_pb2.Duration
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., reason: _Optional[str] = ..., field_violations: _Optional[_Iterable[_Union[RequestError.FieldViolation, _Mapping]]] = ..., retry_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    metadata: _containers.ScalarMap[str, str]
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., reason: _Optional[str] = ..., field_violations: _Optional[_Iterable[_Union[RequestError.FieldViolation, _Mapping]]] = ..., retry_delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
