@@ -84,6 +84,7 @@ class Worker:
             raise WorkerError(f"not installed here (no {contender.environment} in .peers, see bench/README.md)")
         scratch.mkdir(parents=True, exist_ok=True)
         self.versions: dict[str, str] = {}
+        self.dtype = contender.dtype
         self._log = scratch / f"{contender.worker}-{contender.dtype}.log"
         command = [python, HERE / "peers" / f"{contender.worker}.py", "--dtype", contender.dtype]
         command += ["--checkpoint", checkpoint, "--threads", str(threads), "--scratch", scratch]
@@ -98,7 +99,10 @@ class Worker:
             )
 
     def wait_until_ready(self) -> None:
-        self.versions = self._read(START_TIMEOUT)["versions"]
+        if self.versions:
+            return
+        answer = self._read(START_TIMEOUT)
+        self.versions, self.dtype = answer["versions"], answer["dtype"]
 
     def run(self, prompts: list[list[int]], new_tokens: int, mode: str) -> tuple[float, list[list[int]]]:
         """Seconds and new token ids of one batch."""
@@ -108,18 +112,28 @@ class Worker:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise WorkerError(f"ended; see {self._log.name}") from error
+            raise WorkerError(f"ended; see {self._log.name} in .cache/bench/scratch") from error
         answer = self._read(RUN_TIMEOUT)
         return answer["seconds"], answer["token_ids"]
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the worker and of every process it started that still lives."""
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self._process.pid:  # the session: see start_new_session
+                    ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def _read(self, timeout: float) -> dict[str, Any]:
         """One line. The worker writes a whole line at once and only when asked, so that select() can be trusted."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], timeout)[0]:
-            raise WorkerError(f"no answer within {timeout:.0f} s; see {self._log.name}")
+            raise WorkerError(f"no answer within {timeout:.0f} s; see {self._log.name} in .cache/bench/scratch")
         line = self._process.stdout.readline()
         if not line:
-            raise WorkerError(f"ended; see {self._log.name}")
+            raise WorkerError(f"ended; see {self._log.name} in .cache/bench/scratch")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"])

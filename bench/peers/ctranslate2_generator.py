@@ -12,6 +12,7 @@ import worker_loop
 
 class Generator:
     def __init__(self, options: worker_loop.Options) -> None:
+        self.dtype = options.dtype
         converted = options.scratch / f"{options.checkpoint.name}-{options.dtype}"
         if not (converted / "model.bin").exists():
             converter = ctranslate2.converters.TransformersConverter(str(options.checkpoint))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import worker_loop
-
 from octavo.llm import LLM
 
 QUANTIZED = {"dtype": "bfloat16", "quantization": "int8"}
@@ -13,6 +12,7 @@ QUANTIZED = {"dtype": "bfloat16", "quantization": "int8"}
 
 class InProcess:
     def __init__(self, options: worker_loop.Options) -> None:
+        self.dtype = options.dtype
         model = QUANTIZED if options.dtype == "int8" else {"dtype": options.dtype}
         self._llm = LLM(
             str(options.checkpoint),

@@ -15,7 +15,6 @@ from typing import Any
 
 import uvloop
 import worker_loop
-
 from octavo.client import AsyncClient
 
 READY_TIMEOUT = 180.0
@@ -23,11 +22,20 @@ READY_TIMEOUT = 180.0
 
 class OverGrpc:
     def __init__(self, options: worker_loop.Options) -> None:
+        self.dtype = options.dtype
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         dtype = ["bfloat16", "--quantization", "int8"] if options.dtype == "int8" else [options.dtype]
-        flags = ["--device", "cpu", "--num-threads", str(options.threads), "--no-enable-prefix-caching", "--dtype", *dtype]
+        flags = [
+            "--device",
+            "cpu",
+            "--num-threads",
+            str(options.threads),
+            "--no-enable-prefix-caching",
+            "--dtype",
+            *dtype,
+        ]
         self._server = subprocess.Popen(
             [sys.executable, "-m", "octavo.cli", "serve", str(options.checkpoint), "--address", address, *flags],
             stdin=subprocess.DEVNULL,

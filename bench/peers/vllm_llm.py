@@ -11,6 +11,7 @@ import worker_loop
 
 class InProcess:
     def __init__(self, options: worker_loop.Options) -> None:
+        self.dtype = options.dtype
         os.environ.update(vllm_environment.variables(options))
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM

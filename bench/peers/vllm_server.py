@@ -23,6 +23,7 @@ READY_TIMEOUT = 300.0
 
 class OverGrpc:
     def __init__(self, options: worker_loop.Options) -> None:
+        self.dtype = options.dtype
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -3,7 +3,7 @@
 Every system in bench/cpu.py is such a worker, in a process of its own that runs in the system's own environment, so
 this file and its neighbours need nothing but the standard library and the system they drive. One JSON object a line:
 
-    worker  {"ready": true, "versions": {...}}
+    worker  {"ready": true, "dtype": "bfloat16", "versions": {...}}
     parent  {"prompts": [[id, ...], ...], "new_tokens": 64, "mode": "stream"}
     worker  {"seconds": 1.2, "token_ids": [[id, ...], ...]}          or {"error": "..."}, after which it ends
 
@@ -41,6 +41,9 @@ class Options:
 
 
 class Engine(Protocol):
+    dtype: str
+    """What it computes with: the one asked for, or what takes its place where the CPU has no such arithmetic."""
+
     def run(self, prompts: list[list[int]], new_tokens: int, mode: str) -> tuple[float, list[list[int]]]:
         """Completes all prompts at once, greedily, by `new_tokens` each whatever they are.
 
@@ -63,7 +66,8 @@ def serve(start: Callable[[Options], Engine], *packages: str) -> None:
     engine = None
     try:
         engine = start(options)
-        print(json.dumps({"ready": True, "versions": {name: metadata.version(name) for name in packages}}), file=replies)
+        versions = {name: metadata.version(name) for name in packages}
+        print(json.dumps({"ready": True, "dtype": engine.dtype, "versions": versions}), file=replies)
         for line in sys.stdin:
             seconds, token_ids = engine.run(**json.loads(line))
             print(json.dumps({"seconds": seconds, "token_ids": token_ids}), file=replies)

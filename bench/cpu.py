@@ -1,0 +1,318 @@
+"""octavo's CPU path beside transformers, vLLM and CTranslate2: tokens per second, in process and over gRPC, in one run.
+
+    python bench/cpu.py                                     # everything that is installed; about 10 minutes
+    python bench/cpu.py --contenders octavo,vllm --batches 1,16
+    python bench/cpu.py --contenders octavo@1,octavo@2      # the same system with 1 and with 2 threads
+
+Every system lives in a process of its own and stays warm. They take turns (ABAB...) on the same random prompts, so
+that whatever else the machine does meets all of them; a ratio is the median of the ratios of single turns. Greedy,
+end of sequence ignored, prefix caches off, random weights of gpt2's shape. Results go to standard output, and as JSON
+lines (one "run", then its "cell"s and "ratio"s) to the end of bench/results/cpu.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import environment
+from contenders import COMPARISONS, CONTENDERS, DEFAULT, Contender, Worker, WorkerError
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "bench"
+WARM_UP_TOKENS = 8
+LARGEST_TOKEN = 50_000
+TARGETS = {("octavo", "vllm", 1): 1.25, ("octavo", "vllm", 16): 1.0}
+TARGETS |= {(f"octavo-{mode}", "octavo", 16): 0.9 for mode in ("stream", "unary", "batch", "session")}
+"""(first, second, batch) -> least ratio that octavo is meant to have."""
+
+
+@dataclass
+class Cell:
+    """All turns of one contender at one batch size."""
+
+    contender: str
+    batch: int
+    new_tokens: int
+    repeats: int
+    """How many turns it takes; fewer than the others when it is so slow that they would not fit."""
+    seconds: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    """Cores that the rest of the machine, this program included, kept busy meanwhile."""
+    agreement: list[float] = field(default_factory=list)
+    """Part of the tokens that are those of transformers, in this run."""
+
+    @property
+    def rates(self) -> list[float]:
+        return [self.batch * self.new_tokens / seconds for seconds in self.seconds]
+
+
+@dataclass
+class Entry:
+    """A contender that takes part."""
+
+    contender: Contender
+    worker: Worker
+
+
+def main() -> int:
+    options = parse()
+    checkpoint = prepare_checkpoint(options.shape)
+    entries, absent = start(options, checkpoint)
+    try:
+        for name in list(entries):
+            print(f"  {name:<20} {describe(entries[name])}", flush=True)
+        for name, why in absent.items():
+            print(f"  {name:<20} absent: {why}", flush=True)
+        cells = measure(options, entries, absent) if entries else []
+    finally:
+        for worker in {id(entry.worker): entry.worker for entry in entries.values()}.values():
+            worker.close()
+    ratios = compare(cells)
+    report(cells, ratios)
+    if options.out and cells:
+        record(options, entries, absent, cells, ratios)
+    return 0 if cells else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--contenders", type=names, default=DEFAULT, metavar="A,B,...", help=f"of {', '.join(CONTENDERS)}"
+    )
+    parser.add_argument("--batches", type=numbers, default=[1, 4, 16, 64], metavar="N,M,...")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each contender at each batch size")
+    parser.add_argument("--quick", action="store_true", help="2 turns at batch 1 and 16")
+    parser.add_argument("--cell-seconds", type=float, default=30.0, help="who needs more takes fewer turns")
+    parser.add_argument("--threads", type=int, default=0, help="OpenMP threads of each; 0: each system's own choice")
+    parser.add_argument("--shape", default="gpt2", help="tiny, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+    parser.add_argument("--prompt-tokens", type=int, default=11)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--peers", type=Path, default=ROOT / ".peers", help="folder of the peers' virtual environments")
+    parser.add_argument("--out", default=str(ROOT / "bench" / "results" / "cpu.jsonl"), help='"" to write nothing')
+    options = parser.parse_args()
+    if options.quick:
+        options.repeats, options.batches = 2, [1, 16]
+    return options
+
+
+def names(text: str) -> list[str]:
+    for name in text.split(","):
+        if name.split("@")[0] not in CONTENDERS:
+            raise argparse.ArgumentTypeError(
+                f"no contender {name}; there are {', '.join(CONTENDERS)}, each also as NAME@THREADS"
+            )
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def prepare_checkpoint(shape: str) -> Path:
+    folder = CACHE / shape
+    if not (folder / "config.json").exists():
+        print(f"making a checkpoint of shape {shape} with random weights", flush=True)
+        script = ROOT / "bench" / "peers" / "random_checkpoint.py"
+        subprocess.run([sys.executable, script, folder, shape], check=True, stderr=subprocess.DEVNULL)
+    return folder
+
+
+def start(options: argparse.Namespace, checkpoint: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Starts all workers at once and waits for them. Returns those that are ready, and why the others are not."""
+    print("starting (vLLM takes a minute or two) ...", flush=True)
+    workers: dict[tuple[str, str, int], Worker] = {}
+    entries: dict[str, Entry] = {}
+    absent: dict[str, str] = {}
+    for name in options.contenders:
+        base, _, threads = name.partition("@")
+        contender = CONTENDERS[base]
+        key = (contender.worker, contender.dtype, int(threads or options.threads))
+        try:
+            if key not in workers:
+                workers[key] = Worker(
+                    contender, checkpoint=checkpoint, scratch=CACHE / "scratch", peers=options.peers, threads=key[2]
+                )
+            entries[name] = Entry(contender, workers[key])
+        except WorkerError as error:
+            absent[name] = str(error)
+    for name, entry in list(entries.items()):
+        try:
+            entry.worker.wait_until_ready()
+        except WorkerError as error:
+            entry.worker.close()
+            absent[name] = str(error)
+            del entries[name]
+    return entries, absent
+
+
+def describe(entry: Entry) -> str:
+    return ", ".join([entry.worker.dtype, *(f"{name} {version}" for name, version in entry.worker.versions.items())])
+
+
+def measure(options: argparse.Namespace, entries: dict[str, Entry], absent: dict[str, str]) -> list[Cell]:
+    """Batch size by batch size: warms everyone up, then lets them take turns. A contender that fails drops out."""
+    cells: list[Cell] = []
+    for batch in options.batches:
+        row: dict[str, Cell] = {}
+        for name in [name for name in entries if name not in absent]:
+            try:
+                row[name] = warmed_up(options, name, entries[name], batch)
+            except WorkerError as error:
+                absent[name] = str(error)
+        for turn in range(options.repeats):
+            prompts = random_prompts(options, batch, turn)
+            order = list(row)[turn % len(row) :] + list(row)[: turn % len(row)] if row else []
+            answers: dict[str, list[list[int]]] = {}
+            for name in order:
+                if turn < row[name].repeats and name not in absent:
+                    try:
+                        answers[name] = take_turn(options, row[name], entries[name], prompts)
+                    except WorkerError as error:
+                        absent[name] = str(error)
+            for name, answer in answers.items():
+                if "transformers" in answers and name != "transformers":
+                    row[name].agreement.append(agreement(answer, answers["transformers"]))
+        cells += [cell for cell in row.values() if cell.seconds]
+        print(f"batch {batch} done", flush=True)
+    for name in set(absent) & set(entries):
+        print(f"{name} dropped out: {absent[name]}", flush=True)
+    return cells
+
+
+def warmed_up(options: argparse.Namespace, name: str, entry: Entry, batch: int) -> Cell:
+    """One short batch, which also tells how many turns fit into --cell-seconds."""
+    prompts = random_prompts(options, batch, -1)
+    seconds, _ = entry.worker.run(prompts, WARM_UP_TOKENS, entry.contender.mode)
+    seconds, _ = entry.worker.run(prompts, WARM_UP_TOKENS, entry.contender.mode)
+    expected = seconds * options.new_tokens / WARM_UP_TOKENS
+    repeats = max(1, min(options.repeats, int(options.cell_seconds / expected)))
+    return Cell(name, batch, options.new_tokens, repeats)
+
+
+def take_turn(options: argparse.Namespace, cell: Cell, entry: Entry, prompts: list[list[int]]) -> list[list[int]]:
+    busy, own, begin = environment.busy_seconds(), entry.worker.cpu_seconds(), time.perf_counter()
+    seconds, token_ids = entry.worker.run(prompts, options.new_tokens, entry.contender.mode)
+    busy, own = environment.busy_seconds() - busy, entry.worker.cpu_seconds() - own
+    if [len(ids) for ids in token_ids] != [options.new_tokens] * len(prompts):
+        raise WorkerError("answered with another number of tokens than asked for")
+    cell.seconds.append(seconds)
+    cell.others.append(max(0.0, busy - own) / (time.perf_counter() - begin))
+    return token_ids
+
+
+def random_prompts(options: argparse.Namespace, batch: int, turn: int) -> list[list[int]]:
+    source = random.Random(f"{batch} {turn}")
+    return [[source.randrange(LARGEST_TOKEN) for _ in range(options.prompt_tokens)] for _ in range(batch)]
+
+
+def agreement(answer: list[list[int]], reference: list[list[int]]) -> float:
+    """Part of the tokens that are the same. Random weights make near ties, where rounding decides."""
+    same = [a == b for ours, theirs in zip(answer, reference, strict=True) for a, b in zip(ours, theirs, strict=True)]
+    return sum(same) / len(same)
+
+
+def compare(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Ratios of tokens per second of the pairs in COMPARISONS, turn by turn."""
+    found = []
+    for first, second in COMPARISONS:
+        for ours in cells:
+            for theirs in cells:
+                bases = (ours.contender.split("@")[0], theirs.contender.split("@")[0])
+                if bases == (first, second) and ours.batch == theirs.batch:
+                    ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=False)]
+                    found.append(
+                        {
+                            "first": ours.contender,
+                            "second": theirs.contender,
+                            "batch": ours.batch,
+                            "median": statistics.median(ratios),
+                            "least": min(ratios),
+                            "most": max(ratios),
+                            "turns": len(ratios),
+                            "target": TARGETS.get((*bases, ours.batch)),
+                        }
+                    )
+    return found
+
+
+def report(cells: Sequence[Cell], ratios: Sequence[dict[str, Any]]) -> None:
+    batches = sorted({cell.batch for cell in cells})
+    print("\ntokens per second: median (least to most)")
+    print(f"{'':<24}" + "".join(f"{f'batch {batch}':>24}" for batch in batches))
+    for name in dict.fromkeys(cell.contender for cell in cells):
+        row = {cell.batch: summary(cell.rates) for cell in cells if cell.contender == name}
+        print(f"{name:<24}" + "".join(f"{row.get(batch, '-'):>24}" for batch in batches))
+    print("\nratio of tokens per second: median (least to most)")
+    for pair in dict.fromkeys((ratio["first"], ratio["second"]) for ratio in ratios):
+        row = {ratio["batch"]: ratio_text(ratio) for ratio in ratios if pair == (ratio["first"], ratio["second"])}
+        print(f"{' / '.join(pair):<40}" + "".join(f"{row.get(batch, '-'):>20}" for batch in batches))
+    for ratio in ratios:
+        if ratio["target"]:
+            met = "met" if ratio["median"] >= ratio["target"] else "NOT met"
+            print(f"target: {ratio['first']} / {ratio['second']} at batch {ratio['batch']} >= {ratio['target']}: {met}")
+    if cells:
+        others = statistics.median(value for cell in cells for value in cell.others)
+        print(f"the rest of the machine kept {others:.2f} cores busy meanwhile (median)")
+
+
+def summary(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f}) x{len(values)}"
+
+
+def ratio_text(ratio: dict[str, Any]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['most']:.2f})"
+
+
+def record(
+    options: argparse.Namespace,
+    entries: dict[str, Entry],
+    absent: dict[str, str],
+    cells: Sequence[Cell],
+    ratios: Sequence[dict[str, Any]],
+) -> None:
+    header = environment.describe()
+    run = header["time"]
+    header["settings"] = {
+        key: getattr(options, key) for key in ("shape", "prompt_tokens", "new_tokens", "repeats", "threads")
+    }
+    header["contenders"] = {
+        name: {"dtype": entry.worker.dtype, "mode": entry.contender.mode, "versions": entry.worker.versions}
+        for name, entry in entries.items()
+    }
+    header["absent"] = absent
+    lines = [{"record": "run", "run": run, **header}]
+    for cell in cells:
+        lines.append(
+            {
+                "record": "cell",
+                "run": run,
+                "contender": cell.contender,
+                "batch": cell.batch,
+                "tokens_per_second": round(statistics.median(cell.rates), 1),
+                "seconds": [round(value, 4) for value in cell.seconds],
+                "other_cores_busy": [round(value, 2) for value in cell.others],
+                "agreement_with_transformers": [round(value, 3) for value in cell.agreement],
+            }
+        )
+    for ratio in ratios:
+        rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in ratio.items()}
+        lines.append({"record": "ratio", "run": run, **rounded})
+    path = Path(options.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as out:
+        out.writelines(json.dumps(line) + "\n" for line in lines)
+    print(f"appended {len(lines)} records to {path.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
