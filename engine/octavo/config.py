@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo.errors import StartupError
+
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     path: str
@@ -33,8 +35,9 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_requests: int = 256
     """Requests (sequences) that may run at once."""
-    max_num_batched_tokens: int = 2048
-    """Tokens computed in one step."""
+    max_num_batched_tokens: int = 0
+    """Tokens computed in one step; at least max_num_requests. 0: 2048 on CUDA, 512 on the CPU, where a step must not
+    take seconds, or max_num_requests if that is more."""
     max_chunk_tokens: int = 0
     """Most tokens that one request's prefill may take of a step; 0: no limit but the budget."""
     max_model_len: int = 0
@@ -44,7 +47,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queue_time: float = 30.0
     """Seconds in the queue after which a request that never ran fails with QUEUE_TIMEOUT."""
     pipeline_depth: int = 0
-    """Steps launched before the tokens of the oldest are read, less one. 0 on CPU, 1 on CUDA."""
+    """Steps launched before the tokens of the oldest are read, less one. More than 0 pays only where a step runs beside
+    the host, which no runner does yet."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +57,32 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelConfig
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+
+
+def check(config: EngineConfig) -> None:
+    """Raises StartupError (USAGE) naming the first value out of range."""
+    scheduler, cache = config.scheduler, config.cache
+    rules = [
+        ("max_num_requests", scheduler.max_num_requests, 1 <= scheduler.max_num_requests <= 65_536, "1 to 65536"),
+        (
+            "max_num_batched_tokens",
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_batched_tokens == 0 or scheduler.max_num_batched_tokens >= scheduler.max_num_requests,
+            f"at least max_num_requests ({scheduler.max_num_requests}), so that every running request can decode in "
+            "every step, or 0",
+        ),
+        ("max_chunk_tokens", scheduler.max_chunk_tokens, scheduler.max_chunk_tokens >= 0, "at least 0"),
+        ("watermark", scheduler.watermark, 0 <= scheduler.watermark < 1, "at least 0 and below 1"),
+        ("max_queue_time", scheduler.max_queue_time, scheduler.max_queue_time > 0, "above 0"),
+        ("pipeline_depth", scheduler.pipeline_depth, 0 <= scheduler.pipeline_depth <= 1, "0 or 1"),
+        ("block_size", cache.block_size, cache.block_size in (16, 32, 64), "16, 32 or 64"),
+        ("num_blocks", cache.num_blocks, cache.num_blocks >= 0, "at least 0"),
+        ("memory", cache.memory, cache.memory >= 0, "at least 0"),
+        ("num_threads", config.model.num_threads, config.model.num_threads >= 0, "at least 0"),
+    ]
+    for name, value, good, rule in rules:
+        if not good:
+            raise StartupError(StartupError.USAGE, f"{name} must be {rule}, not {value}")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):

@@ -284,6 +284,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     """Once a second. A core's `steps` must grow while it is `busy`."""
 
     steps: int = 0
+    """Steps made, plus layers computed: grows within a slow step too."""
     busy: bool = False
     inflight: int = 0
     """Requests in a front-end."""

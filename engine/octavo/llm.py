@@ -16,7 +16,7 @@ from typing import Any, Self
 from octavo import checkpoint
 from octavo.client.params import Call, Prompts, build
 from octavo.client.results import Collector, Response, shaped
-from octavo.config import CacheConfig, EngineConfig, Limits, ModelConfig, SchedulerConfig
+from octavo.config import CacheConfig, EngineConfig, Limits, ModelConfig, SchedulerConfig, check
 from octavo.engine_core.engine_core import EngineCore, Runner
 from octavo.errors import Code, Reason, RequestError
 from octavo.frontend.input_processor import InputProcessor, ProcessedRequest
@@ -54,6 +54,7 @@ class LLM:
             cache=CacheConfig(**own[1]),
             scheduler=SchedulerConfig(**{"max_queue_time": _FOREVER, **own[2]}),
         )
+        check(self._config)
         self._model = FrontendModel.load(path, model, self._config.scheduler.max_model_len)
         self._inputs = InputProcessor(self._model, OFFLINE_LIMITS, cache_secret=secrets.token_bytes(32))
         self._outputs = OutputProcessor(self._model.tokenizer)
@@ -84,21 +85,32 @@ class LLM:
         for what fails while generating.
         """
         call = build(prompts, keywords)
-        return shaped(self._run([call])[0], call.single)
+        result = self._run([call])[0]
+        if isinstance(result, RequestError):
+            raise result
+        return shaped(result, call.single)
 
-    def generate_each(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def generate_each(self, requests: Sequence[Mapping[str, Any]], *, return_errors: bool = False) -> list[Any]:
         """Completes requests with parameters of their own in one batch: each a mapping of keywords with "prompt".
 
-        Results in order, each as `generate` would return it.
+        Results in order, each as `generate` would return it. What fails while generating raises when all are done, or
+        with `return_errors` stands as a RequestError in the place of its result.
         """
         calls = [build(request["prompt"], {k: v for k, v in request.items() if k != "prompt"}) for request in requests]
-        return [shaped(response, call.single) for response, call in zip(self._run(calls), calls, strict=True)]
+        results = self._run(calls)
+        errors = [result for result in results if isinstance(result, RequestError)]
+        if errors and not return_errors:
+            raise errors[0]
+        return [
+            result if isinstance(result, RequestError) else shaped(result, call.single)
+            for result, call in zip(results, calls, strict=True)
+        ]
 
     def close(self) -> None:
         """Frees the model and its cache."""
         self._core.close()
 
-    def _run(self, calls: Sequence[Call]) -> list[Response]:
+    def _run(self, calls: Sequence[Call]) -> list[Response | RequestError]:
         processed = [self._process(call) for call in calls]  # all checks come before any work
         states = []
         for request in processed:
@@ -139,9 +151,9 @@ class LLM:
             while self._core.has_work:
                 self._core.step()
 
-    def _response(self, call: Call, request: ProcessedRequest, state: RequestState) -> Response:
+    def _response(self, call: Call, request: ProcessedRequest, state: RequestState) -> Response | RequestError:
         if state.error is not None:
-            raise state.error
+            return state.error
         update = state.take(time.monotonic())
         assert update is not None
         collector = Collector(call.request_id)

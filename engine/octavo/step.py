@@ -78,6 +78,8 @@ class SchedulerOutput:
     freed_slots: list[int] = field(default_factory=list)
     released_groups: list[int] = field(default_factory=list)
     """No sequence of these groups is alive any more: random state can go."""
+    ended_rows: list[tuple[int, int]] = field(default_factory=list)
+    """(group, row) of sequences that draw no more, while siblings may."""
     new_requests: list[NewRequest] = field(default_factory=list)
     block_slots: Int32s = field(default_factory=lambda: np.empty(0, np.int32))
     """[K] block tables that grew: block_table[block_slots, block_columns] = block_ids."""

@@ -27,7 +27,7 @@ import msgspec
 from octavo import __version__, log
 from octavo.checkpoint import DEMO, read_spec, resolve
 from octavo.child import Child, RestartPolicy, describe, limit_resources
-from octavo.config import EngineConfig, ServerConfig
+from octavo.config import EngineConfig, ServerConfig, check
 from octavo.errors import StartupError
 from octavo.frontend_slots import ClusterCalls, FrontendSlot
 from octavo.ipc import (
@@ -387,6 +387,7 @@ def _checked(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, 
             StartupError.USAGE,
             f"{server.address} can be reached from other machines: use TLS, or --insecure-allow-remote",
         )
+    check(engine)
     path = resolve(engine.model.path)
     read_spec(path)
     model = msgspec.structs.replace(engine.model, path=str(path))

@@ -99,8 +99,6 @@ class KVCacheManager:
 
     def index(self, slot: int, request: Request, token_ids: Int32s, num_computed: int) -> None:
         """Enters blocks that have become full of known, computed tokens into the prefix cache."""
-        if request.spec.bypass_prefix_cache or not self.pool.enable_prefix_caching:
-            return
         first, count = int(self.num_indexed[slot]), num_computed // self.block_size
         hashes = request.hashes(token_ids, count, self.block_size)
         for column in range(first, count):
@@ -110,7 +108,11 @@ class KVCacheManager:
     def forget(self, slot: int) -> None:
         """Blocks that only this slot owns leave the prefix cache: their content is not to be trusted."""
         self.pool.forget(block for block in self.blocks_of(slot) if self.pool.ref_counts[block] == 1)
-        self.num_indexed[slot] = self.num_blocks[slot]  # and none enters it
+        self.never_index(slot)
+
+    def never_index(self, slot: int) -> None:
+        """No block of the slot enters the prefix cache (any more)."""
+        self.num_indexed[slot] = self.block_table.shape[1]
 
     def free(self, slot: int) -> None:
         """Gives the slot's blocks back."""

@@ -16,6 +16,7 @@ blocks of a request that ended or was preempted return when no launched step con
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterable
 
@@ -65,6 +66,7 @@ class Scheduler:
         self._events = Events()
         self._freed_slots: list[int] = []
         self._released_groups: list[int] = []
+        self._ended_rows: list[tuple[int, int]] = []
         self._num_in_flight = 0
         self._step_ids, self._group_ids, self._arrivals = itertools.count(1), itertools.count(1), itertools.count(1)
 
@@ -120,6 +122,7 @@ class Scheduler:
         del self._requests[request.frontend, request.key]
         self._shares.note_fork(request)
         if request.slot >= 0:
+            self._evicting.pop(request.slot, None)
             self.batch.live[request.slot] = False
             self.batch.stop(request.slot)
             if forget:
@@ -127,6 +130,8 @@ class Scheduler:
             if not self.batch.in_flight[request.slot]:
                 self._vacate(request.slot)
         group.num_alive -= 1
+        if group.num_alive:
+            self._ended_rows.append((group.group_id, request.row))
         self._release_if_gone(group)
 
     def _release_if_gone(self, group: Group) -> None:
@@ -140,7 +145,6 @@ class Scheduler:
         self._end(request, forget=forget)
 
     def _vacate(self, slot: int) -> None:
-        self._evicting.pop(slot, None)
         self.kv.free(slot)
         self.batch.remove(slot)
         self._freed_slots.append(slot)
@@ -259,8 +263,11 @@ class Scheduler:
 
     def _requeue(self, request: Request) -> None:
         request.token_ids = self.batch.known_tokens(request.slot)
+        end_time = float(self.batch.end_time[request.slot])
         self._vacate(request.slot)
         self._waiting.add(request)
+        if end_time < math.inf:  # its timer may have gone off while it ran
+            self._time_limits.add(end_time, request)
 
     def _schedule_waiting(self, plan: Plan, now: float) -> None:
         while plan.budget > 0 and self.batch.num_free_slots:
@@ -291,9 +298,11 @@ class Scheduler:
             plan.copies += copies
         else:
             self.kv.admit(slot, shared)
+        if request.spec.bypass_prefix_cache:
+            self.kv.never_index(slot)
         missing = request.num_tokens - num_cached
         count = min(missing, plan.budget, self.config.max_chunk_tokens or missing)
-        blocks = self.kv.allocate_slots(slot, num_cached + count)
+        blocks = self.kv.allocate_slots(slot, request.num_tokens)  # of all chunks, so that none is promised twice
         assert blocks is not None
         plan.admitted.append((slot, count))
         plan.budget -= count
@@ -363,6 +372,7 @@ class Scheduler:
         plan.attach(step)
         step.freed_slots, self._freed_slots = self._freed_slots, []
         step.released_groups, self._released_groups = self._released_groups, []
+        step.ended_rows, self._ended_rows = self._ended_rows, []
         for slot, _ in plan.prefill + plan.admitted:
             self._share_prompt(batch.request_at(slot))
         self.meter.total.prompt_tokens += sum(count for _, count in several) + len(single)
@@ -450,6 +460,7 @@ class Scheduler:
         batch = self.batch
         for slot in list(self._evicting):
             if not batch.in_flight[slot]:
+                del self._evicting[slot]
                 self._requeue(batch.request_at(slot))
         for slot in slots[(batch.in_flight[slots] == 0) & ~batch.live[slots]].tolist():
             request = batch.requests[slot]
@@ -474,8 +485,7 @@ class Scheduler:
     # --- operators ----------------------------------------------------------------------------------------------------
 
     def reset_prefix_cache(self) -> int:
-        """Forgets all cached prefixes; running requests keep their blocks. Returns the blocks that became free."""
-        self.kv.num_indexed[:] = 0
+        """Forgets all cached prefixes, those of running requests included. Returns the blocks that became free."""
         return self.pool.reset_cache()
 
     def load(self, now: float) -> EngineLoad:

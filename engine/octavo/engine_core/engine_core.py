@@ -8,17 +8,26 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from octavo.config import EngineConfig
 from octavo.core.scheduler import Scheduler
-from octavo.errors import Reason
-from octavo.ipc import AbortSequences, AddRequests, LoadReport, PrefixCacheReset, ResetPrefixCache, ToCore, ToFrontend
+from octavo.errors import Reason, StartupError
+from octavo.ipc import (
+    AbortSequences,
+    AddRequests,
+    EngineCoreOutputs,
+    LoadReport,
+    PrefixCacheReset,
+    ResetPrefixCache,
+    ToCore,
+    ToFrontend,
+)
 from octavo.step import ModelRunnerOutput, SchedulerOutput
 from octavo.types import EngineInfo
 
 LOAD_INTERVAL = 0.1
 """Seconds between load reports."""
-STEP_FAILURE_WINDOW = 60.0
-"""A second failed step within this many seconds is taken for a broken process, not for a bad request."""
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +44,16 @@ class Runner(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
+    @property
+    def progress(self) -> int:
+        """Grows while a step is computed, so that slow can be told from hung."""
+        ...
+
     def submit(self, step: SchedulerOutput) -> PendingStep: ...
+
+    def check_device(self) -> None:
+        """After a failed step: raises if the device can compute no more."""
+        ...
 
     def close(self) -> None: ...
 
@@ -50,22 +68,20 @@ class EngineCore:
         runner: Runner | None = None,
     ) -> None:
         if runner is None:
-            from octavo.worker.model_runner import ModelRunner
-
-            runner = ModelRunner(config, progress)
+            runner = _load_runner(config, progress)
         self.runner = runner
         self.info = runner.info
         self.scheduler = Scheduler(
-            config.scheduler,
+            msgspec.structs.replace(config.scheduler, max_num_batched_tokens=self.info.max_num_batched_tokens),
             config.cache,
             num_blocks=self.info.num_blocks,
             max_model_len=self.info.max_model_len,
         )
-        self.frontends: set[int] = set()
+        self.frontends: dict[int, None] = {}
         """Front-ends that get load reports: those that were heard of and are not gone."""
         self._depth = config.scheduler.pipeline_depth
         self._in_flight: deque[tuple[SchedulerOutput, PendingStep]] = deque()
-        self._last_failure = -STEP_FAILURE_WINDOW
+        self._last_step_failed = False
         self._next_report = 0.0
         self._replies: list[tuple[int, ToFrontend]] = []
 
@@ -77,9 +93,14 @@ class EngineCore:
     def num_steps(self) -> int:
         return self.scheduler.meter.total.steps
 
+    @property
+    def progress(self) -> int:
+        """Grows while work is done, within a step too."""
+        return self.num_steps + self.runner.progress
+
     def handle(self, message: ToCore) -> None:
         """Takes a front-end's message. What it leads to comes with the next `step`."""
-        self.frontends.add(message.frontend)
+        self.frontends[message.frontend] = None
         match message:
             case AddRequests(frontend=frontend, requests=requests):
                 self.scheduler.add(frontend, requests)
@@ -91,40 +112,49 @@ class EngineCore:
 
     def abort_frontend(self, frontend: int) -> None:
         """Ends everything of a front-end that is gone."""
-        self.frontends.discard(frontend)
+        self.frontends.pop(frontend, None)
         self.scheduler.abort_frontend(frontend)
 
     def step(self) -> Messages:
         """One turn: schedule and launch a step, take the result of the oldest one in flight, tell the front-ends."""
         step = self.scheduler.schedule(time.monotonic())
-        if step is not None:
-            self._in_flight.append((step, self.runner.submit(step)))
         messages: Messages = {}
+        if step is not None:
+            self._launch(step, messages)
         for frontend, reply in self._replies:
             messages.setdefault(frontend, []).append(reply)
         self._replies.clear()
-        for frontend, outputs in self.scheduler.take_outputs().items():
-            messages.setdefault(frontend, []).append(outputs)
         if self._in_flight and (step is None or len(self._in_flight) > self._depth):
             self._finish_oldest(messages)
+        _add(messages, self.scheduler.take_outputs())
         self._report_load(messages)
         return messages
+
+    def _launch(self, step: SchedulerOutput, messages: Messages) -> None:
+        try:
+            self._in_flight.append((step, self.runner.submit(step)))
+        except BaseException as error:
+            self._fail_step(step, error, messages)
 
     def _finish_oldest(self, messages: Messages) -> None:
         step, pending = self._in_flight.popleft()
         try:
             result = pending.result()
-        except Exception:
-            now = time.monotonic()
-            if now - self._last_failure < STEP_FAILURE_WINDOW:
-                raise
-            self._last_failure = now
-            log.exception("step %d failed; its %d requests fail with it", step.step_id, step.num_rows)
-            outputs = self.scheduler.fail_step(step, Reason.INTERNAL, now)
+        except BaseException as error:
+            self._fail_step(step, error, messages)
         else:
-            outputs = self.scheduler.update(step, result, time.monotonic())
-        for frontend, output in outputs.items():
-            messages.setdefault(frontend, []).append(output)
+            self._last_step_failed = False
+            _add(messages, self.scheduler.update(step, result, time.monotonic()))
+
+    def _fail_step(self, step: SchedulerOutput, error: BaseException, messages: Messages) -> None:
+        """A step that cannot be computed fails its requests. Two in a row, or a broken device, end the process."""
+        outputs = self.scheduler.fail_step(step, Reason.INTERNAL, time.monotonic())
+        if not isinstance(error, Exception) or self._last_step_failed:
+            raise error
+        self._last_step_failed = True
+        log.error("step %d failed; its %d requests fail with it", step.step_id, step.num_rows, exc_info=error)
+        self.runner.check_device()
+        _add(messages, outputs)
 
     def _report_load(self, messages: Messages) -> None:
         now = time.monotonic()
@@ -137,3 +167,18 @@ class EngineCore:
 
     def close(self) -> None:
         self.runner.close()
+
+
+def _load_runner(config: EngineConfig, progress: Callable[[str], None]) -> Runner:
+    from octavo.worker.model_runner import ModelRunner
+
+    try:
+        return ModelRunner(config, progress)
+    except (RuntimeError, MemoryError) as error:  # torch's errors about memory, drivers and kernels
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StartupError(StartupError.DEVICE, f"the device cannot run the model: {cause}") from error
+
+
+def _add(messages: Messages, outputs: dict[int, EngineCoreOutputs]) -> None:
+    for frontend, output in outputs.items():
+        messages.setdefault(frontend, []).append(output)

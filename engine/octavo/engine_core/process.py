@@ -65,7 +65,7 @@ class CoreProcess:
         self._inbox: queue.SimpleQueue[ToCore | FrontendUp | FrontendDown | Shutdown] = queue.SimpleQueue()
         self._context = zmq.Context()
         self._pipes = FrontendPipes(self._context)
-        self._steps = 0
+        self._core: EngineCore | None = None
         self._busy = False
 
     def run(self) -> int:
@@ -76,7 +76,7 @@ class CoreProcess:
         threading.Thread(target=self._read_control, name="control", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         try:
-            core = self._build(start)
+            core = self._core = self._build(start)
             inputs = self._bind(start.address)
         except StartupError as error:
             self._channel.send(StartFailed(error.exit_code, str(error)))
@@ -124,7 +124,6 @@ class CoreProcess:
                     logger.error("front-end %d does not take its messages: its requests end", frontend)
                     core.abort_frontend(frontend)
                     self._channel.send(FrontendStalled(frontend))
-            self._steps = core.num_steps
 
     def _handle(self, core: EngineCore, message: ToCore | FrontendUp | FrontendDown | Shutdown) -> bool:
         """False when the process is to end."""
@@ -132,7 +131,7 @@ class CoreProcess:
             return False
         if isinstance(message, FrontendUp):
             self._pipes.open(message.frontend, message.address)
-            core.frontends.add(message.frontend)  # so that it hears of the load before its first request
+            core.frontends[message.frontend] = None  # so that it hears of the load before its first request
         elif isinstance(message, FrontendDown):
             self._pipes.close(message.frontend)
             core.abort_frontend(message.frontend)
@@ -162,9 +161,12 @@ class CoreProcess:
             else:
                 self._inbox.put(message)
 
+    def _progress(self) -> int:
+        return 0 if self._core is None else self._core.progress
+
     def _beat(self) -> None:
         clock = threading.Event()
-        while self._channel.send(Heartbeat(steps=self._steps, busy=self._busy)):
+        while self._channel.send(Heartbeat(steps=self._progress(), busy=self._busy)):
             clock.wait(1.0)
 
 

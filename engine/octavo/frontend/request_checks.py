@@ -43,7 +43,7 @@ class RequestChecker:
         self._limits = limits
         self._vocab_size = model.spec.vocab_size
         self._param_ranges = param_ranges(limits, self._vocab_size)
-        self._output_ranges = output_ranges(limits)
+        self._output_ranges = output_ranges(limits, model.spec.vocab_size)
         self._truncate_range = Range(1, model.spec.n_positions, integer=True)
 
     def check(self, request: GenerateRequest) -> GenerationParams:

@@ -99,11 +99,11 @@ def param_ranges(limits: Limits, vocab_size: int) -> dict[str, Range]:
     }
 
 
-def output_ranges(limits: Limits) -> dict[str, Range]:
+def output_ranges(limits: Limits, vocab_size: int) -> dict[str, Range]:
     """Of the numbers in OutputOptions."""
     return {
-        "logprobs": Range(0, limits.max_logprobs, integer=True),
-        "prompt_logprobs": Range(0, limits.max_logprobs, integer=True),
+        "logprobs": Range(0, min(limits.max_logprobs, vocab_size), integer=True),
+        "prompt_logprobs": Range(0, min(limits.max_logprobs, vocab_size), integer=True),
         "stream_min_tokens": Range(1, 256, integer=True),
         "stream_max_delay": Range(0, 10),
     }

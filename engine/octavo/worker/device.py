@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import torch
 
 from octavo.checkpoint import ModelSpec
-from octavo.config import ModelConfig
+from octavo.config import EngineConfig, ModelConfig
 from octavo.errors import StartupError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +38,17 @@ def choose_dtype(config: ModelConfig, spec: ModelSpec, device: torch.device) -> 
     if name == "float16" and device.type == "cpu":
         raise StartupError(StartupError.USAGE, "dtype float16: not on the CPU; bfloat16 is as small, and fast there")
     return DTYPES[name]
+
+
+def resolve_budget(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """Fills in max_num_batched_tokens if it is left to the device. A step must stay short, since all requests wait for
+    it: 512 tokens of gpt2-large are seconds on a CPU, 2048 a few milliseconds on an H100."""
+    scheduler = config.scheduler
+    if scheduler.max_num_batched_tokens:
+        return config
+    budget = max(512 if device.type == "cpu" else 2048, scheduler.max_num_requests)
+    scheduler = msgspec.structs.replace(scheduler, max_num_batched_tokens=budget)
+    return msgspec.structs.replace(config, scheduler=scheduler)
 
 
 def describe_device(device: torch.device) -> str:

@@ -95,6 +95,8 @@ class GPT2:
         self._wpe = weights.pop("wpe.weight").to(device, self.hidden_dtype)  # [n_positions, E]
         self._blocks = [self._block(weights, layer) for layer in range(spec.n_layer)]
         self._ln_f = self._norm(weights, "ln_f")
+        self.num_layers_computed = 0
+        """Since the start: tells a slow step from one that hangs."""
         head = weights.pop("lm_head.weight") if "lm_head.weight" in weights else self._wte
         self._lm_head = self._pack(head, None, None)
 
@@ -147,6 +149,7 @@ class GPT2:
             attended = self.attention.run(plan, qkv, layer_cache, block.attn_scale)
             hidden = block.attn_proj(attended, hidden)
             hidden = block.mlp_proj(block.c_fc(block.ln_2(hidden)), hidden)
+            self.num_layers_computed += 1
         return self._ln_f(hidden)
 
     @torch.inference_mode()

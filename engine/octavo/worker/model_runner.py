@@ -15,7 +15,7 @@ from octavo.config import EngineConfig
 from octavo.errors import Reason, StartupError
 from octavo.step import Int32s, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
 from octavo.types import EngineInfo, GenerationParams
-from octavo.worker.device import choose_device, choose_dtype, describe_device
+from octavo.worker.device import choose_device, choose_dtype, describe_device, resolve_budget
 from octavo.worker.gpt2 import GPT2
 from octavo.worker.input_batch import InputBatch, InputBatchBuilder
 from octavo.worker.kv_cache import KVCache, num_blocks_that_fit
@@ -59,6 +59,7 @@ class ModelRunner:
         path = Path(config.model.path)
         spec = read_spec(path)
         device = choose_device(config.model.device)
+        config = resolve_budget(config, device)
         dtype = choose_dtype(config.model, spec, device)
         progress(f"device: {describe_device(device)}, dtype {_name(dtype)}")
         if config.model.num_threads:
@@ -103,10 +104,22 @@ class ModelRunner:
         self._states.apply(step)
         for group_id in step.released_groups:
             self._noise.close(group_id)
+        for group_id, row in step.ended_rows:
+            self._noise.row_ended(group_id, row)
         for request in step.new_requests:
             if request.params.do_sample:
                 self._noise.open(request.group_id, request.seed, request.num_rows)
         return PendingStep(lambda: self._compute(step))
+
+    @property
+    def progress(self) -> int:
+        """Layers computed: grows while a step is computed."""
+        return self._model.num_layers_computed
+
+    def check_device(self) -> None:
+        """After a failed step: raises if the device can compute no more, as a CUDA context after an illegal access."""
+        if self._kv_cache.data.is_cuda:
+            torch.cuda.synchronize(self._kv_cache.data.device)
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -141,19 +154,19 @@ class ModelRunner:
         output.token_ids[rows] = chosen.token_ids
         alive = rows[chosen.token_ids >= 0] if chosen.failed else rows
         output.finish[alive] = states.append(slots[alive], output.token_ids[alive])
-        for row in rows[states.finished[slots[rows]] != 0].tolist():
-            slot = slots[row]
-            self._noise.row_ended(int(states.group_id[slot]), int(states.group_row[slot]))
 
     def _prompt_logprobs(self, step: SchedulerOutput, batch: InputBatch, hidden: Tensor) -> list[PromptLogprobs]:
         """Values of the prompt tokens that follow this step's positions, for the requests that asked."""
         states = self._states
         found = []
-        for row, slot in enumerate(step.slots.tolist()):
-            num_top = states.prompt_logprobs.get(slot)
+        for row in np.flatnonzero(np.isin(step.slots, list(states.prompt_logprobs))).tolist():
+            slot = int(step.slots[row])
+            num_top = states.prompt_logprobs[slot]
             first = int(step.num_computed[row])
             count = min(int(step.num_scheduled[row]), int(states.prompt_len[slot]) - 1 - first)
-            if num_top is None or count <= 0 or states.finished[slot]:
+            if first + count == int(states.prompt_len[slot]) - 1:
+                del states.prompt_logprobs[slot]
+            if count <= 0:
                 continue
             begin = int(batch.query_start_loc_np[row])
             parts = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LOW_53_BITS = 2**53 - 1
+KEPT_FILLS = 2
 
 
 @dataclass(slots=True)
@@ -26,8 +27,9 @@ class _Stream:
     """Where the generator stands."""
     states: dict[int, Tensor] = field(default_factory=dict)
     """The generator's state before each step from the slowest row's to `step`; unused with one row."""
-    block: Tensor | None = None
-    """The newest fill, of step - 1; unused with one row."""
+    blocks: dict[int, Tensor] = field(default_factory=dict)
+    """The fills that were used last, by step: siblings are one step apart, since they fork one step late; unused with
+    one row."""
 
 
 class Noise:
@@ -73,16 +75,19 @@ class Noise:
             self._skip_to(stream, step, keep_states=False)
             stream.step += 1
             return self._draw(stream.generator, 1)
-        if step == stream.step - 1 and stream.block is not None:
-            return stream.block
-        if step >= stream.step:
+        block = stream.blocks.pop(step, None)
+        if block is None and step >= stream.step:
             self._skip_to(stream, step, keep_states=True)
             stream.states[step] = stream.generator.get_state()
-            stream.block = self._draw(stream.generator, num_rows)
+            block = self._draw(stream.generator, num_rows)
             stream.step = step + 1
-            self._forget(stream)
-            return stream.block
-        return self._redraw(stream, step)
+        elif block is None:
+            block = self._redraw(stream, step)
+        stream.blocks[step] = block
+        if len(stream.blocks) > KEPT_FILLS:
+            del stream.blocks[next(iter(stream.blocks))]
+        self._forget(stream)
+        return block
 
     def _skip_to(self, stream: _Stream, step: int, *, keep_states: bool) -> None:
         """Draws what lies before `step`; there is something only if a stream is opened at a later step."""
@@ -98,7 +103,6 @@ class Noise:
         stream.generator.set_state(stream.states[step])
         block = self._draw(stream.generator, len(stream.row_steps))
         stream.generator.set_state(newest)
-        self._forget(stream)
         return block
 
     @staticmethod
