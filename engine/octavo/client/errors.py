@@ -169,6 +169,7 @@ def error_from_event(error: generation_pb2.RequestError, request_id: str = "") -
         request_id=request_id,
         violations=tuple(Violation(item.field, item.description) for item in error.field_violations),
         retry_after=delay.seconds + delay.nanos / 1e9 if error.HasField("retry_delay") else None,
+        metadata=dict(error.metadata),
     )
     return error_from(failure)
 
