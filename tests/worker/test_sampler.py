@@ -210,6 +210,12 @@ def test_append_says_why_a_sequence_ends():
     assert bench.states.hist[:8, 2].tolist() == [token for _, token, _ in cases]
 
 
+def test_one_minus_top_p_is_subtracted_in_double():
+    bench = Bench(97, 1)
+    bench.add([Row(torch.zeros(97), [1], 1, {"do_sample": True, "top_p": 0.9})], [0])
+    assert bench.states.sampling.top_p_tail[0] == np.float32(1 - 0.9) != np.float32(1) - np.float32(0.9)
+
+
 def test_a_slot_forgets_its_last_request():
     bench = Bench(97, 2)
     first = random_row(random.Random(1), 97)

@@ -20,6 +20,7 @@ from octavo.worker.gpt2 import GPT2
 from octavo.worker.input_batch import InputBatch, InputBatchBuilder
 from octavo.worker.kv_cache import KVCache, num_blocks_that_fit
 from octavo.worker.logprobs import gather_prompt_logprobs, join_prompt_logprobs
+from octavo.worker.memory import FrugalWeights, give_back_heap
 from octavo.worker.noise import Noise
 from octavo.worker.request_states import Int64s, RequestStates
 from octavo.worker.sampler import Sampler
@@ -67,7 +68,9 @@ class ModelRunner:
         if device.type == "cpu":  # what cannot work is said before the weights are read; a GPU's memory is known after
             _num_blocks(config, spec, device, dtype)
         weights = load_weights(path, spec, device=device, dtype=dtype, progress=progress)
-        self._model = GPT2(spec, weights.tensors, device=device, dtype=dtype, quantization=config.model.quantization)
+        source = FrugalWeights(weights.tensors)
+        self._model = GPT2(spec, source, device=device, dtype=dtype, quantization=config.model.quantization)
+        give_back_heap()
         self.num_blocks = _num_blocks(config, spec, device, dtype)
         self._kv_cache = KVCache(spec, self.num_blocks, config.cache.block_size, dtype=dtype, device=device)
         progress(f"KV-cache: {self.num_blocks} blocks of {config.cache.block_size} tokens")
