@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -65,6 +66,7 @@ class Entry:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended
     options = parse()
     checkpoint = prepare_checkpoint(options.shape)
     entries, absent = start(options, checkpoint)
@@ -179,11 +181,12 @@ def measure(options: argparse.Namespace, entries: dict[str, Entry], absent: dict
                         answers[name] = take_turn(options, row[name], entries[name], prompts)
                     except WorkerError as error:
                         absent[name] = str(error)
+            rates = ", ".join(f"{name} {row[name].rates[-1]:.0f}" for name in row if name in answers)
+            print(f"batch {batch}, turn {turn + 1}, tokens/s: {rates}", flush=True)
             for name, answer in answers.items():
                 if "transformers" in answers and name != "transformers":
                     row[name].agreement.append(agreement(answer, answers["transformers"]))
         cells += [cell for cell in row.values() if cell.seconds]
-        print(f"batch {batch} done", flush=True)
     for name in set(absent) & set(entries):
         print(f"{name} dropped out: {absent[name]}", flush=True)
     return cells
