@@ -4,19 +4,16 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from octavo.checkpoint import ModelSpec
 from octavo.worker.gpt2 import GPT2
 from octavo.worker.input_batch import InputBatch
 from octavo.worker.kv_cache import KVCache
+from torch import Tensor
 
 CPU = torch.device("cpu")
 
 
-def make_batch(
-    rows: list[tuple[Tensor, int, np.ndarray]], block_size: int, device: torch.device = CPU
-) -> InputBatch:
+def make_batch(rows: list[tuple[Tensor, int, np.ndarray]], block_size: int, device: torch.device = CPU) -> InputBatch:
     """rows: (new tokens, position of the first, block table); rows of one token come first and count as decode rows."""
     lens = [len(tokens) for tokens, _, _ in rows]
     query_start_loc = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
@@ -65,8 +62,8 @@ def all_logits(
     block_size: int,
     cache_dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Logits of every position of every sequence. Sequence i enters at step i; its prompt goes in chunks, the rest token
-    by token, so that steps mix prefill and decode."""
+    """Logits of every position of every sequence. Sequence i enters at step i; its prompt goes in chunks, the rest
+    token by token, so that steps mix prefill and decode."""
     rng = np.random.default_rng(0)
     per_sequence = [-(-len(tokens) // block_size) for tokens in sequences]
     num_blocks = sum(per_sequence) + 3

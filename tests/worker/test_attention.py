@@ -1,0 +1,154 @@
+"""The CPU's attention and cache writes against their specification, kernels/octavo_kernels/reference.py."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from octavo.checkpoint import ModelSpec
+from octavo.config import CacheConfig, SchedulerConfig
+from octavo.errors import StartupError
+from octavo.worker.kv_cache import CPU_MEMORY, KVCache, num_blocks_that_fit
+from octavo_kernels import reference
+from octavo_kernels.cpu.attention import PagedAttention
+
+HEADS, SIZE = 3, 32
+WIDTH = HEADS * SIZE
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_step(rng, num_rows, num_decode_rows, block_size, longest):
+    """Lengths, chunk sizes and shuffled tables of a step: (query_start_loc, seq_lens, tables, slots, num_blocks)."""
+    seq_lens = rng.integers(1, longest + 1, num_rows).astype(np.int32)
+    sizes = np.array([1 if r < num_decode_rows else rng.integers(1, n + 1) for r, n in enumerate(seq_lens)])
+    query_start_loc = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    counts = -(-seq_lens // block_size)
+    num_blocks = int(counts.sum()) + 4  # the null block and three of nobody
+    free = rng.permutation(np.arange(1, num_blocks)).astype(np.int32)
+    tables = np.zeros((num_rows, counts.max()), np.int32)
+    slots = []
+    for r, count in enumerate(counts):
+        tables[r, :count], free = free[:count], free[count:]
+        position = np.arange(seq_lens[r] - sizes[r], seq_lens[r])
+        slots.append(tables[r, position // block_size].astype(np.int64) * block_size + position % block_size)
+    return query_start_loc, seq_lens, tables, np.concatenate(slots), num_blocks
+
+
+def context_written_before(rng, cache, query_start_loc, seq_lens, tables, block_size):
+    """What earlier steps left: numbers up to each row's chunk, zeros in the rest of the block they ended in."""
+    for r, seq_len in enumerate(seq_lens):
+        context = int(seq_len) - int(query_start_loc[r + 1] - query_start_loc[r])
+        for i in range(-(-context // block_size)):
+            cache[:, tables[r, i]] = 0
+            filled = min(block_size, context - i * block_size)
+            numbers = rng.standard_normal((2, HEADS, filled, SIZE)).astype(np.float32)
+            cache[:, tables[r, i], :, :filled] = torch.from_numpy(numbers).to(cache.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize(("num_rows", "num_decode_rows"), [(1, 1), (1, 0), (40, 40), (5, 0), (23, 17)])
+def test_write_and_attend_equal_the_reference(num_rows, num_decode_rows, block_size, dtype):
+    rng = np.random.default_rng(num_rows)
+    kernel = PagedAttention(HEADS, SIZE, block_size, dtype)
+    kernel.blocks_per_group = 6  # several groups, padded ones among them
+    for longest in (block_size // 2, 5 * block_size):
+        loc, seq_lens, tables, slots, num_blocks = random_step(rng, num_rows, num_decode_rows, block_size, longest)
+        expected_cache = torch.full((2, num_blocks, HEADS, block_size, SIZE), math.nan, dtype=dtype)
+        context_written_before(rng, expected_cache, loc, seq_lens, tables, block_size)
+        cache = expected_cache.clone()
+        qkv = torch.from_numpy(rng.standard_normal((len(slots), 3 * WIDTH)).astype(np.float32))
+        plan = kernel.plan(num_blocks, slots, loc, seq_lens, tables, num_decode_rows)
+        kernel.write(plan, qkv, cache)
+        found = kernel.attend(plan, qkv, cache, 0.2)
+        reference.kv_write(qkv, expected_cache, torch.from_numpy(slots))
+        written = ~expected_cache.isnan()
+        assert torch.equal(cache[written], expected_cache[written])
+        table = torch.from_numpy(tables)
+        expected = reference.paged_attention(
+            qkv, expected_cache, table, loc.tolist(), seq_lens.tolist(), num_decode_rows, scale=0.2
+        )
+        assert torch.isfinite(found).all()
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 if dtype is torch.float32 else 0.03)
+
+
+def test_entering_a_block_zeroes_what_its_last_owner_left():
+    kernel = PagedAttention(HEADS, SIZE, 16, torch.float32)
+    cache = torch.full((2, 4, HEADS, 16, SIZE), math.nan)
+    tables, slots = np.array([[2, 3]], np.int32), np.concatenate([np.arange(32, 48), np.arange(48, 53)])
+    plan = kernel.plan(4, slots, np.array([0, 21], np.int32), np.array([21], np.int32), tables, 0)
+    kernel.write(plan, torch.ones(21, 3 * WIDTH), cache)
+    assert torch.equal(cache[:, 2], torch.ones_like(cache[:, 2]))
+    assert bool((cache[:, 3, :, :5] == 1).all())
+    assert bool((cache[:, 3, :, 5:] == 0).all())
+    assert bool(cache[:, :2].isnan().all())
+
+
+def test_a_row_that_is_not_finite_stays_alone():
+    kernel = PagedAttention(HEADS, SIZE, 16, torch.bfloat16)
+    cache = torch.zeros(2, 4, HEADS, 16, SIZE, dtype=torch.bfloat16)
+    qkv = torch.ones(2, 3 * WIDTH)
+    qkv[0] = math.nan
+    loc, tables = np.array([0, 1, 2], np.int32), np.array([[1, 0], [2, 3]], np.int32)
+    plan = kernel.plan(4, np.array([16, 48]), loc, np.array([1, 17], np.int32), tables, 2)
+    kernel.write(plan, qkv, cache)
+    found = kernel.attend(plan, qkv, cache, 1.0)
+    assert bool(found[0].isnan().all())
+    assert bool(torch.isfinite(found[1]).all())
+
+
+def test_rows_may_share_blocks():
+    rng = np.random.default_rng(0)
+    kernel = PagedAttention(HEADS, SIZE, 16, torch.float32)
+    cache = torch.from_numpy(rng.standard_normal((2, 5, HEADS, 16, SIZE)).astype(np.float32))
+    tables, lens = np.array([[1, 2], [1, 3], [1, 4]], np.int32), np.array([20, 20, 31], np.int32)
+    loc, slots = np.arange(4, dtype=np.int32), np.array([35, 51, 78])
+    qkv = torch.from_numpy(rng.standard_normal((3, 3 * WIDTH)).astype(np.float32))
+    plan = kernel.plan(5, slots, loc, lens, tables, 3)
+    kernel.write(plan, qkv, cache)
+    expected = reference.paged_attention(qkv, cache, torch.from_numpy(tables), [0, 1, 2, 3], lens.tolist(), 3, scale=1)
+    torch.testing.assert_close(kernel.attend(plan, qkv, cache, 1.0), expected, rtol=0, atol=2e-6)
+
+
+SPEC = ModelSpec(vocab_size=11, n_positions=64, n_embd=8, n_layer=3, n_head=2)
+
+
+def test_block_copies_reach_every_layer_and_read_before_any_is_written():
+    cache = KVCache(SPEC, 4, 16, dtype=torch.float32, device=CPU)
+    assert cache.data.shape == (3, 2, 5, 2, 16, 4)
+    cache.data.copy_(torch.arange(5.0)[None, None, :, None, None, None].expand_as(cache.data))
+    cache.copy_blocks([(1, 2), (2, 1), (1, 3)])
+    cache.copy_blocks([])
+    assert cache.data[:, :, :, 0, 0, 0].tolist() == [[[0, 2, 1, 1, 4]] * 2] * 3
+
+
+def fitting(spec=SPEC, max_num_requests=4, max_model_len=65, **cache) -> int:
+    scheduler = SchedulerConfig(max_num_requests=max_num_requests)
+    dtype = torch.float32
+    return num_blocks_that_fit(
+        spec, CacheConfig(block_size=16, **cache), scheduler, max_model_len=max_model_len, dtype=dtype, device=CPU
+    )
+
+
+def test_the_cache_is_as_large_as_asked_and_never_larger_than_useful():
+    per_block = KVCache.bytes_per_block(SPEC, 16, torch.float32)
+    assert per_block == 3 * 2 * 8 * 16 * 4
+    assert fitting(num_blocks=3) == 3
+    assert fitting(memory=11 * per_block) == 10  # the null block counts
+    assert fitting() == 2 * 4 * 4
+    gpt2 = ModelSpec()
+    large = fitting(gpt2, max_num_requests=256, max_model_len=1025)
+    assert (large + 1) * KVCache.bytes_per_block(gpt2, 16, torch.float32) <= CPU_MEMORY
+
+
+def test_a_cache_too_small_for_one_sequence_is_refused_with_the_size_it_needs():
+    with pytest.raises(StartupError, match="one sequence of 1025 tokens needs 64"):
+        fitting(ModelSpec(), max_model_len=1025, memory=1 << 20)
