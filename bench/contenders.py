@@ -40,6 +40,9 @@ CONTENDERS = {
     "vllm": Contender("vllm_llm", "bfloat16", environment="vllm"),
     "vllm-stream": Contender("vllm_server", "bfloat16", "stream", environment="vllm"),
     "vllm-unary": Contender("vllm_server", "bfloat16", "unary", environment="vllm"),
+    "octavo-fp32": Contender("octavo_llm", "float32"),
+    "vllm-fp32": Contender("vllm_llm", "float32", environment="vllm"),
+    "vllm-fp32-stream": Contender("vllm_server", "float32", "stream", environment="vllm"),
     "transformers": Contender("transformers_generate", "bfloat16"),
     "octavo-int8": Contender("octavo_llm", "int8"),
     "octavo-int8-stream": Contender("octavo_server", "int8", "stream"),
@@ -57,9 +60,12 @@ DEFAULT = [
 ]
 COMPARISONS = [
     ("octavo", "vllm"),
+    ("octavo", "vllm-fp32"),
     ("octavo", "transformers"),
     ("octavo-stream", "vllm-stream"),
+    ("octavo-stream", "vllm-fp32-stream"),
     ("octavo-unary", "vllm-unary"),
+    ("octavo-fp32", "vllm-fp32"),
     ("octavo-stream", "octavo"),
     ("octavo-unary", "octavo"),
     ("octavo-batch", "octavo"),
