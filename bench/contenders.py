@@ -58,6 +58,8 @@ DEFAULT = [
     "octavo-int8-stream",
     "ctranslate2-int8",
 ]
+SLOW_BF16 = ["vllm-fp32"]
+"""Also by default where oneDNN has no bf16 products: vLLM's own are slow there from a few rows on."""
 COMPARISONS = [
     ("octavo", "vllm"),
     ("octavo", "vllm-fp32"),

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import environment
-from contenders import COMPARISONS, CONTENDERS, DEFAULT, Contender, Worker, WorkerError
+from contenders import COMPARISONS, CONTENDERS, DEFAULT, SLOW_BF16, Contender, Worker, WorkerError
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "bench"
@@ -89,7 +89,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--contenders", type=names, default=DEFAULT, metavar="A,B,...", help=f"of {', '.join(CONTENDERS)}"
+        "--contenders", type=names, default=default, metavar="A,B,...", help=f"of {', '.join(CONTENDERS)}"
     )
     parser.add_argument("--batches", type=numbers, default=[1, 4, 16, 64], metavar="N,M,...")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender at each batch size")

@@ -16,19 +16,24 @@ _CPU_FLAGS = ["avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_
 def describe() -> dict[str, Any]:
     """CPU, cores, memory, kernel, Python, commit and time. No path and no name of the machine."""
     cpu = _key_values("/proc/cpuinfo")
-    flags = cpu.get("flags", "").split()
     memory = _key_values("/proc/meminfo").get("MemTotal", "0 kB").split()[0]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": cpu.get("model name", platform.processor()).strip(),
-        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in flags],
+        "cpu_flags": cpu_flags(),
         "cores": os.cpu_count(),
         "memory_gib": round(int(memory) / 2**20, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def cpu_flags() -> list[str]:
+    """Those of the CPU's instruction sets that matter to matrix products."""
+    found = _key_values("/proc/cpuinfo").get("flags", "").split()
+    return [flag for flag in _CPU_FLAGS if flag in found]
 
 
 def busy_seconds() -> float:
