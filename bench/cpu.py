@@ -88,6 +88,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    default = DEFAULT if "avx512f" in environment.cpu_flags() else DEFAULT + SLOW_BF16
     parser.add_argument(
         "--contenders", type=names, default=default, metavar="A,B,...", help=f"of {', '.join(CONTENDERS)}"
     )
