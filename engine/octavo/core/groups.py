@@ -47,6 +47,11 @@ class PromptShares:
         """Gives up the oldest share, to make room."""
         self._drop(next(iter(self._groups.values())))
 
+    def drop(self, group: Group) -> None:
+        """What the group's blocks hold is not to be trusted."""
+        if group.held_blocks:
+            self._drop(group)
+
     def _drop(self, group: Group) -> None:
         blocks, group.held_blocks = group.held_blocks, []
         self._pool.release(blocks)

@@ -25,6 +25,7 @@ import numpy as np
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.block_pool import BlockPool
 from octavo.core.groups import PromptShares
+from octavo.core.invariants import check_invariants
 from octavo.core.kv_cache_manager import KVCacheManager
 from octavo.core.load_meter import LoadMeter
 from octavo.core.outputs import Events, StepTokens, prompt_logprob_columns
@@ -126,6 +127,7 @@ class Scheduler:
             self.batch.live[request.slot] = False
             self.batch.stop(request.slot)
             if forget:
+                self._shares.drop(group)
                 self.kv.forget(request.slot)
             if not self.batch.in_flight[request.slot]:
                 self._vacate(request.slot)
@@ -512,23 +514,8 @@ class Scheduler:
         )
 
     def check(self) -> None:
-        """Asserts the invariants of slots, blocks and counters. For tests, and whenever the core is idle."""
-        batch = self.batch
-        occupied = batch.occupied_slots()
-        owners = self.kv.owners(occupied)
-        owners.update(self._shares.held_blocks())
-        self.pool.check(owners)
-        assert len(occupied) + batch.num_free_slots == self.config.max_num_requests
-        for slot in occupied:
-            request = batch.request_at(slot)
-            assert request.slot == slot
-            assert batch.num_computed[slot] <= self.kv.num_blocks[slot] * self.kv.block_size, "computed beyond blocks"
-            assert batch.num_known[slot] <= batch.num_tokens[slot] <= batch.max_total[slot]
-            ended = request.status is RequestStatus.ENDED
-            assert ended == (not batch.live[slot])
-            assert not ended or batch.in_flight[slot], "an ended request holds a slot"
-        for request in self._requests.values():
-            assert request.status is not RequestStatus.ENDED
-            assert (request.slot >= 0) == (request.status is RequestStatus.RUNNING)
+        """Asserts the invariants of slots, blocks and counters. For tests."""
+        check_invariants(self.batch, self.kv, list(self._requests.values()), self._shares.held_blocks())
         if not self.has_work:
-            assert not occupied and not self.pool.num_used and not self._shares
+            assert not self.batch.occupied_slots()
+            assert not self.pool.num_used
