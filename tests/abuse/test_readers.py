@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from octavo.frontend import request_handle
+from octavo.server import rpc
 from octavo_proto.v1 import generation_pb2 as pb
 from server.harness import Served, drain, outcome, request, until
 from server.test_generation import by_sequence
@@ -61,6 +62,32 @@ async def test_76_a_reader_that_stalls_on_megabytes_is_ended(
     await until(lambda: len(served.core.running) == 1, "the stalled reader's sequences still run", limit=5)
     served.core.release()
     assert (await fast).code == "OK"
+
+    async def read_all() -> None:
+        while await call.read():
+            pass
+
+    found = await outcome(read_all())
+    assert (found.code, found.reason) == ("ABORTED", "SLOW_READER")
+    await client.channel.close()
+
+
+@pytest.mark.parametrize("shape", ["stream", "session"])
+async def test_an_answer_that_is_complete_does_not_wait_for_ever_for_its_reader(
+    served: Served, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "STALL_SECONDS", 0.2)
+    client = served.connect(**{"grpc.http2.bdp_probe": 0, "grpc.http2.lookahead_bytes": 65536})
+    if shape == "stream":
+        call = client.generation.StreamGenerate(pb.StreamGenerateRequest(request=big()))
+    else:
+        call = client.generation.GenerateSession()
+        submit = pb.GenerateSessionRequest.Submit(tag=1, request=big())
+        await call.write(pb.GenerateSessionRequest(submit=submit))
+    await until(lambda: bool(served.core.added), "submitted")
+    await until(lambda: not served.core.running, "generation waits for its reader", limit=5)
+    await asyncio.sleep(0.5)
+    await until(lambda: not served.engine.num_inflight, "the request waits for its reader", limit=5)
 
     async def read_all() -> None:
         while await call.read():

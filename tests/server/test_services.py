@@ -15,9 +15,10 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from octavo import __version__
+from octavo.config import Limits
 from octavo.server import fields
 from octavo.types import EngineLoad
-from octavo_proto.v1 import control_pb2, model_pb2, types_pb2
+from octavo_proto.v1 import control_pb2, generation_pb2, model_pb2, types_pb2
 from server.fake_core import INFO
 from server.harness import Client, Served, drain, outcome, request, serving, stream_request, until
 
@@ -303,6 +304,59 @@ async def test_health_watch_ends_when_the_server_stops() -> None:
         found = await outcome(drain_reads(watch))
         assert found.code == "UNAVAILABLE"
         await stopping
+
+
+@pytest.mark.parametrize("kind", ["session", "reflection", "unary"])
+async def test_rpcs_that_wait_for_their_client_end_when_the_server_stops(kind: str) -> None:
+    async with serving(check=False, reflection=True) as served:
+        if kind == "unary":
+            call = served.client.channel.stream_unary("/octavo.v1.GenerationService/Generate")()
+            found = asyncio.create_task(outcome(call))
+            await asyncio.sleep(0.1)
+        else:
+            path = {
+                "session": "/octavo.v1.GenerationService/GenerateSession",
+                "reflection": "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            }[kind]
+            call = served.client.channel.stream_stream(path)()
+            if kind == "reflection":
+                asked = reflection_pb2.ServerReflectionRequest(list_services="*")
+                await call.write(asked.SerializeToString())
+                await call.read()
+            else:
+                await call.write(cancel_of_nothing().SerializeToString())
+            found = asyncio.create_task(outcome(drain_reads(call)))
+            await asyncio.sleep(0.1)
+        await asyncio.wait_for(served.server.stop(30.0), 5.0)
+        assert ((await found).code, (await found).reason) == ("UNAVAILABLE", "DRAINING")
+
+
+def cancel_of_nothing() -> generation_pb2.GenerateSessionRequest:
+    return generation_pb2.GenerateSessionRequest(cancel=generation_pb2.GenerateSessionRequest.Cancel(tag=1))
+
+
+async def test_a_session_finishes_what_runs_when_the_server_stops() -> None:
+    async with serving(check=False) as served:
+        served.core.hold()
+        call = served.client.generation.GenerateSession()
+        submit = generation_pb2.GenerateSessionRequest.Submit(tag=1, request=request(max_new_tokens=3))
+        await call.write(generation_pb2.GenerateSessionRequest(submit=submit))
+        await served.core.arrived.wait()
+        stopping = asyncio.create_task(served.server.stop(30.0))
+        await asyncio.sleep(0.1)
+        served.core.release()
+        events = []
+        while not any(event.response.HasField("usage") for event in events):
+            events += (await call.read()).events
+        found = await outcome(drain_reads(call))
+        assert (found.code, found.reason) == ("UNAVAILABLE", "DRAINING")
+        await asyncio.wait_for(stopping, 5.0)
+
+
+async def test_a_message_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    async with serving(limits=Limits(max_request_duration=0.1)) as served:
+        found = await outcome(served.client.channel.stream_unary("/octavo.v1.GenerationService/Generate")())
+        assert (found.code, found.reason) == ("DEADLINE_EXCEEDED", "SERVER_MAX_DURATION")
 
 
 async def test_health_of_an_unknown_service(served: Served) -> None:

@@ -102,6 +102,7 @@ class GrpcServer:
         self.generation = GenerationService(engine, metrics)
         self._advertises = True
         self._servers: list[Any] = []
+        self._pipelines: list[Pipeline] = []
         self.admin_address = ""
         """Where the admin port listens, after `start`; empty without one."""
         engine.on_state_change(self._state_changed)
@@ -123,9 +124,12 @@ class GrpcServer:
         self._control.stop()
 
     async def stop(self, grace: float) -> None:
-        """Closes the ports at once; RPCs that still run have `grace` seconds. Safe to call twice."""
+        """Closes the ports at once; RPCs that still answer have `grace` seconds, those that wait for their clients end.
+        Safe to call twice."""
         self.stop_advertising()
         self._health.stop()
+        for pipeline in self._pipelines:
+            pipeline.stop()
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
         if self.admin_address.startswith("unix:"):
             _check_socket_path(self.admin_address).unlink(missing_ok=True)
@@ -169,8 +173,10 @@ class GrpcServer:
             on_admin_port=on_admin_port,
             instance_id=self._instance_id,
             max_message=self._config.limits.max_send_message_bytes,
+            max_duration=self._config.limits.max_request_duration,
             observe=self._metrics.rpc if self._metrics is not None else None,
         )
+        self._pipelines.append(pipeline)
         servicers = [self.generation, ModelService(self._engine), self._control]
         handlers = [pipeline.service(*pair) for pair in zip(_SERVICES, servicers, strict=True)]
         handlers.append(pipeline.service(_HEALTH, self._health, is_open=True))

@@ -191,7 +191,9 @@ class FrontendProcess:
             logger.warning("drain timeout: failing %d requests", self._engine.num_inflight)
             self._engine.fail_all(failure(Reason.DRAINING))
             await self._engine.wait_idle(0.5)
-        await self._server.stop(0.5)
+        # What has been generated is still on its way to slow readers.
+        left = started + self._config.drain_delay + self._config.drain_timeout - 0.5 - time.monotonic()
+        await self._server.stop(max(0.5, left))
         self._finish(0)
 
 

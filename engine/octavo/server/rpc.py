@@ -20,7 +20,8 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from octavo.errors import RequestError
+from octavo.errors import Reason, RequestError
+from octavo.frontend.failures import failure as failure_of
 from octavo.server import statuses
 from octavo.server.api_keys import ApiKeys, FailureMeter, Identity
 from octavo.server.statuses import PlainStatus
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 access = logging.getLogger("octavo.access")
 
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+STALL_SECONDS = 60.0
+"""After which a write that the client does not take ends its RPC with SLOW_READER, after twice as long at the latest.
+What waits in it may belong to requests that have ended, whose places are others' by now."""
 
 Observer = Callable[[str, str, str, float], None]
 """Is told service, method, code and seconds of each RPC that ended; never a name that does not exist."""
@@ -51,13 +55,20 @@ class Call:
         """Bytes that a message to the client may have."""
         self.authorization = [value for key, value in metadata if key == "authorization"]
         self.stuck_with: RequestError | None = None
-        """The client took nothing for too long, so this RPC was cancelled from here, to end with this."""
+        """This RPC was cancelled from here, to end with this: the client took nothing for too long, or the server stops
+        while it waits for a message."""
+        self.max_duration = pipeline.max_duration
+        """Seconds that the message of an RPC that has one may take to come."""
         self._parse = method.parse
         self._instance_id = pipeline.instance_id
+        self._is_reading = False
+        self._is_stopping = False
+        self._on_stop: Callable[[], None] | None = None
         self._sent_headers = False
         self._is_writing = False
         self._num_writes = 0
         self._stuck_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
         self._task = current_task()
 
     @property
@@ -67,7 +78,11 @@ class Call:
 
     async def read(self) -> Any | None:
         """The client's next message, None after its last. Raises RequestError MALFORMED_REQUEST."""
+        if self._is_stopping and self._on_stop is None:
+            raise failure_of(Reason.DRAINING)
+        self._is_reading = True
         raw = await self.context.read()
+        self._is_reading = False
         if raw is grpc.aio.EOF:
             return None
         try:
@@ -102,6 +117,8 @@ class Call:
         await self.send_headers()
         self._num_writes += 1
         self._is_writing = True
+        if self._stall_timer is None:
+            self._watch_write()
         await self.context.write(raw)
         self._is_writing = False
 
@@ -114,13 +131,44 @@ class Call:
 
     def _end_if_same_write(self, error: RequestError, num_writes: int) -> None:
         self._stuck_timer = None
-        if self._is_writing and self._num_writes == num_writes:
+        if self._is_writing and self._num_writes == num_writes and self.stuck_with is None:
             self.stuck_with = error
             self._task.cancel()
 
+    def _watch_write(self) -> None:
+        """One timer for many writes."""
+        loop = asyncio.get_running_loop()
+        self._stall_timer = loop.call_later(STALL_SECONDS, self._check_write, self._num_writes)
+
+    def _check_write(self, num_writes: int) -> None:
+        self._stall_timer = None
+        if not self._is_writing:
+            return
+        if self._num_writes != num_writes:
+            self._watch_write()
+        elif self.stuck_with is None:
+            self.stuck_with = failure_of(Reason.SLOW_READER)
+            self._task.cancel()
+
+    def when_stopping(self, callback: Callable[[], None]) -> None:
+        """`callback` is called when the server stops. Without it an RPC that waits for a message ends with DRAINING."""
+        self._on_stop = callback
+        if self._is_stopping:
+            callback()
+
+    def stop(self) -> None:
+        """The server stops: what was asked for is finished, nothing more is taken."""
+        self._is_stopping = True
+        if self._on_stop is not None:
+            self._on_stop()
+        elif self._is_reading and self.stuck_with is None:
+            self.stuck_with = failure_of(Reason.DRAINING)
+            self._task.cancel()
+
     def close(self) -> None:
-        if self._stuck_timer is not None:
-            self._stuck_timer.cancel()
+        for timer in (self._stuck_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +193,26 @@ class Pipeline:
         on_admin_port: bool,
         instance_id: str,
         max_message: int,
+        max_duration: float = 300.0,
         observe: Observer | None = None,
     ) -> None:
-        """`keys` None: everybody may call, and on the admin port is an admin."""
+        """`keys` None: everybody may call, and on the admin port is an admin. `max_duration`: seconds that the message
+        of an RPC that has one may take to come."""
         self.on_admin_port = on_admin_port
         self.instance_id = instance_id
         self.max_message = max_message
         self._keys = keys
+        self.max_duration = max_duration
         self._failures = FailureMeter()
         self._observe = observe
+        self._calls: set[Call] = set()
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Ends the RPCs that wait for their clients; those that compute or write an answer go on."""
+        self._is_stopping = True
+        for call in list(self._calls):
+            call.stop()
 
     def service(self, descriptor: Any, servicer: object, *, name: str = "", is_open: bool = False) -> Any:
         """The handlers of a service: `servicer` has an async method per RPC, called as `method(request, call)`, or
@@ -201,6 +260,9 @@ class Pipeline:
         started = time.monotonic()
         call = Call(context, method, self)
         code = "OK"
+        self._calls.add(call)
+        if self._is_stopping:
+            call.stop()
         try:
             await self._authenticate(method, call)
             return await work(call)
@@ -212,6 +274,7 @@ class Pipeline:
             code = failure.code.name
         finally:
             call.close()
+            self._calls.discard(call)
             self._ended(method, call, code, started)
         # Outside of `except`, so that gRPC's exception does not drag ours, with its frames, along.
         if isinstance(failure, PlainStatus):
@@ -252,7 +315,11 @@ class _Fallback(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 def _with_request(function: Callable[[Any, Call], Awaitable[Any]]) -> Callable[[Call], Awaitable[Any]]:
     async def invoke(call: Call) -> Any:
-        request = await call.read()
+        try:
+            async with asyncio.timeout(call.max_duration):
+                request = await call.read()
+        except TimeoutError:
+            raise failure_of(Reason.SERVER_MAX_DURATION) from None
         if request is None:
             raise statuses.malformed()
         return await function(request, call)

@@ -16,6 +16,7 @@ from octavo_proto.v1 import generation_pb2 as pb
 
 from octavo.errors import Reason, RequestError
 from octavo.frontend.async_engine import AsyncEngine
+from octavo.frontend.failures import failure
 from octavo.metrics import Metrics
 from octavo.server import convert, fields, statuses
 from octavo.server.requests import ActiveRequest, request_of
@@ -25,6 +26,8 @@ Event = pb.GenerateSessionResponse.Event
 
 _MAX_PENDING = 1024
 """Events that may wait before no more requests are read."""
+_MAX_PENDING_BYTES = 4 << 20
+"""The same in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class _Outbox:
     """Events that wait for the writer."""
 
     events: list[Event] = field(default_factory=list)
+    size: int = 0
+    """Bytes of `events`."""
     sent: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when `events` have been written."""
 
@@ -64,6 +69,7 @@ class Session:
         self._outbox = _Outbox()
         self._wake = asyncio.Event()
         self._half_closed = False
+        self._stopping = False
         self._failure: BaseException | None = None
         """Why the stream as a whole fails."""
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -71,6 +77,7 @@ class Session:
     async def run(self) -> None:
         """Until the client has closed its side and every request has ended. Raises what ends the stream otherwise."""
         self._start_idle_timer(self._times.first_request)
+        self._call.when_stopping(self._stop)
         reader = asyncio.create_task(self._read_all(), name="octavo session reader")
         try:
             await self._write_all()
@@ -93,8 +100,10 @@ class Session:
             outbox.sent.set()
             if self._failure is not None:
                 raise self._failure
-            if self._half_closed and not self._running and not self._outbox.events:
-                return
+            if (self._half_closed or self._stopping) and not self._running and not self._outbox.events:
+                if self._half_closed:
+                    return
+                raise failure(Reason.DRAINING)
 
     async def _write(self, events: list[Event]) -> None:
         raw = pb.GenerateSessionResponse(events=events).SerializeToString()
@@ -135,7 +144,7 @@ class Session:
                         self._cancel(message.cancel.tag)
                     case _:
                         raise statuses.invalid("op", "must be set")
-                if len(self._outbox.events) > _MAX_PENDING:
+                if len(self._outbox.events) > _MAX_PENDING or self._outbox.size > _MAX_PENDING_BYTES:
                     await self._outbox.sent.wait()
             self._half_closed = True
             self._stop_idle_timer()
@@ -186,15 +195,15 @@ class Session:
                         return
                     await outbox.sent.wait()
         except RequestError as error:
-            failure = error
+            ending = error
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and current_task().cancelling():
                 raise
             log_bug(error, request_id)
-            failure = statuses.internal()
+            ending = statuses.internal()
         else:
-            failure = statuses.internal()  # a handle ended without usage and without error
-        self._put_error(tag, failure, request_id)
+            ending = statuses.internal()  # a handle ended without usage and without error
+        self._put_error(tag, ending, request_id)
         self._forget(tag)
 
     def _reader_may_be_stuck(self, error: RequestError) -> None:
@@ -228,6 +237,7 @@ class Session:
 
     def _put(self, event: Event) -> _Outbox:
         self._outbox.events.append(event)
+        self._outbox.size += event.ByteSize()
         self._wake.set()
         return self._outbox
 
@@ -238,6 +248,11 @@ class Session:
         del self._running[tag]
         if not self._running and not self._half_closed:
             self._start_idle_timer(self._times.idle)
+
+    def _stop(self) -> None:
+        """The server stops: the stream ends once nothing runs and everything is sent."""
+        self._stopping = True
+        self._wake.set()
 
     # --- a stream that does nothing
 
