@@ -80,7 +80,8 @@ def paged_attention(
     entries beyond a row's need point to any block. query_start_loc: R + 1 host ints; row r has the tokens
     query_start_loc[r] .. query_start_loc[r + 1] - 1, the last of which is at position seq_lens[r] - 1. Rows before
     num_decode_rows have one token. Slots past a row's end may hold anything, NaN too. `upcast`: queries and keys are
-    multiplied in fp32. Returns [T, E] contiguous, qkv's type; softmax in fp32.
+    multiplied in fp32, else in qkv's type. Queries are scaled in fp32 first; softmax in fp32. Returns [T, E]
+    contiguous, qkv's type.
     """
     output = torch.empty(qkv.shape[0], qkv.shape[1] // 3, dtype=qkv.dtype, device=qkv.device)
     if num_decode_rows:
@@ -112,7 +113,8 @@ def _attend(
     unwritten = (position > last[:, -1:])[:, None, :, None]  # [G, 1, L, 1]
     key = context[0].to(torch.float32 if upcast else qkv.dtype)
     value = context[1].to(qkv.dtype).masked_fill(unwritten, 0)  # 0 * NaN would be NaN
-    scores = (query.to(key.dtype) @ key.transpose(2, 3)).float() * scale
+    query = (query.float() * scale).to(key.dtype)  # before the product, which could leave fp16's range
+    scores = (query @ key.transpose(2, 3)).float()
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1).to(value.dtype)  # [G, H, Q, L]
     return (weights @ value).transpose(1, 2).reshape(num_rows, num_queries, -1)
 

@@ -118,6 +118,16 @@ def test_rows_may_share_blocks():
     torch.testing.assert_close(kernel.attend(plan, qkv, cache, 1.0), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("num_decode_rows", [0, 1])
+def test_large_queries_and_keys_stay_in_the_range_of_fp16(num_decode_rows):
+    """64 * 40 * 40 is beyond 65504; what softmax sees is not."""
+    cache = torch.zeros(2, 2, 1, 16, 64, dtype=torch.float16)
+    qkv = torch.full((1, 3 * 64), 40, dtype=torch.float16)
+    reference.kv_write(qkv, cache, torch.tensor([16]))
+    found = reference.paged_attention(qkv, cache, torch.tensor([[1]]), [0, 1], [1], num_decode_rows, scale=0.125)
+    assert found.tolist() == [[40] * 64]
+
+
 SPEC = ModelSpec(vocab_size=11, n_positions=64, n_embd=8, n_layer=3, n_head=2)
 
 
