@@ -65,6 +65,23 @@ def test_a_front_end_that_dies_is_not_waited_for():
     assert all_slots[0].child.sent[-1] == ClusterReply(7, ["mine"])
 
 
+def test_a_front_end_that_comes_up_while_the_server_drains_drains_too():
+    all_slots = slots(2)
+    calls = ClusterCalls(all_slots)
+    calls.repeat_drain(all_slots[1])
+    assert not all_slots[1].child.sent
+    calls.start(0, ClusterCall(7, "drain", "{}"))
+    calls.lost(1)
+    all_slots[1].child = FakeChild()
+    calls.repeat_drain(all_slots[1])
+    assert [(m.method, m.payload) for m in all_slots[1].child.sent] == [("drain", "{}")]
+    calls.reply(1, all_slots[1].child.sent[0].call_id, "{}")
+    calls.start(0, ClusterCall(8, "undrain", "{}"))
+    all_slots[1].child = FakeChild()
+    calls.repeat_drain(all_slots[1])
+    assert not all_slots[1].child.sent
+
+
 def test_answers_for_a_caller_that_died_go_nowhere():
     all_slots = slots(2)
     calls = ClusterCalls(all_slots)
@@ -83,6 +100,7 @@ def test_answers_for_a_caller_that_died_go_nowhere():
         ({"tls_cert": "cert.pem"}, "key"),
         ({"tls_client_ca": "ca.pem"}, "client CA"),
         ({"frontend_processes": 0}, "at least 1"),
+        ({"frontend_processes": 2, "address": "unix:/tmp/octavo-test.sock"}, "cannot share"),
     ],
 )
 def test_wrong_usage_is_exit_2_and_one_line(capfd, server, words):

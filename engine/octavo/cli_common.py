@@ -30,9 +30,13 @@ def run_directory(address: str) -> str:
 
 
 def admin_address(address: str) -> str:
-    """The admin socket of a server on this machine that listens on `address`. Raises ValueError where it is unknown."""
+    """The admin socket of a server on this machine that listens on `address`. Raises ValueError where it is unknown, or
+    the server may be on another machine: one here with the same port would be drained in its place."""
+    from octavo.run_directory import is_loopback
+
     directory = run_directory(address)
-    if not directory:
+    host = address.rpartition(":")[0].rpartition("/")[2]
+    if not directory or not (host in ("0.0.0.0", "[::]") or (host and is_loopback(f"{host}:0"))):
         raise ValueError(f"--admin-address is needed: it does not follow from the address {address}")
     return f"unix:{directory}/admin.sock"
 

@@ -35,9 +35,13 @@ class ClusterCalls:
         self._slots = slots
         self._next_id = 0
         self._calls: dict[int, _Gathering] = {}
+        self._drain: str | None = None
+        """Payload of the drain that is in force."""
 
     def start(self, caller: int, call: ClusterCall) -> None:
         call_id = self._next_id = self._next_id + 1
+        if call.method in ("drain", "undrain"):
+            self._drain = call.payload if call.method == "drain" else None
         asked = [slot for slot in self._slots if slot.ready is not None]
         asked.sort(key=lambda slot: slot.number != caller)  # the caller's own answer comes first
         gathering = _Gathering(caller, call.call_id, {slot.number: None for slot in asked})
@@ -46,6 +50,12 @@ class ClusterCalls:
             assert slot.ready is not None
             slot.ready.send(FrontendCall(call_id, call.method, call.payload))
         self._answer_if_complete(call_id)
+
+    def repeat_drain(self, slot: FrontendSlot) -> None:
+        """A front-end that comes up while the server drains drains too. Its answer is nobody's."""
+        if self._drain is not None and slot.ready is not None:
+            self._next_id += 1
+            slot.ready.send(FrontendCall(self._next_id, "drain", self._drain))
 
     def reply(self, frontend: int, call_id: int, payload: str) -> None:
         gathering = self._calls.get(call_id)

@@ -23,6 +23,9 @@ from octavo.errors import Reason
 from octavo.step import LogprobSpec
 from octavo.types import EngineInfo, EngineLoad, GenerationParams
 
+MAX_FRAME = 8 << 20
+"""Bytes of one message to the core; a front-end that sends more is disconnected."""
+
 # --- front-end -> core ------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +270,7 @@ class CoreReady(msgspec.Struct, frozen=True, tag="core_ready"):
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
-    """The child cannot start and exits; no restart would help."""
+    """The child cannot start and exits. Ends a server that was never ready; later it counts as a death."""
 
     exit_code: int
     message: str

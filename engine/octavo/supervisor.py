@@ -232,6 +232,7 @@ class Supervisor:
             case FrontendReady(address):
                 slot.child.saw_ready()
                 self._server = msgspec.structs.replace(self._server, address=address)
+                self._calls.repeat_drain(slot)
                 self._connect(slot)
                 self._announce()
             case ClusterCall():
@@ -253,7 +254,7 @@ class Supervisor:
                     if not self._was_ready:
                         say(message.text)
                 elif isinstance(message, StartFailed):
-                    self._refuse(message)
+                    self._refuse(child, message)
                 else:
                     handle(message)
         except ProtocolError as error:
@@ -275,8 +276,10 @@ class Supervisor:
         await asyncio.sleep(delay)
         return True
 
-    def _refuse(self, message: StartFailed) -> None:
-        if not self._stopping:
+    def _refuse(self, child: Child, message: StartFailed) -> None:
+        if self._was_ready:  # what worked once may work again, such as memory that the last one has not given back yet
+            logger.error("%s cannot start: %s", child.name, message.message)
+        elif not self._stopping:
             self._stopping = True
             _complain(message.message)
             self._finish(message.exit_code)
@@ -378,6 +381,8 @@ def _checked(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, 
     """What can be found wrong before anything is started. Resolves the checkpoint's folder."""
     if server.frontend_processes < 1:
         raise StartupError(StartupError.USAGE, "frontend processes: at least 1")
+    if server.frontend_processes > 1 and server.address.startswith("unix:"):
+        raise StartupError(StartupError.USAGE, f"{server.address}: several front-ends cannot share a unix socket")
     if bool(server.tls_cert) != bool(server.tls_key):
         raise StartupError(StartupError.USAGE, "TLS needs both a certificate and a key")
     if server.tls_client_ca and not server.tls_cert:

@@ -160,8 +160,11 @@ def test_admin_commands_find_the_socket_of_the_address(
     assert "octavo: b: not found\n" in output.err
 
 
-def test_admin_socket_that_cannot_be_found_is_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["drain", "--address", "unix:/nowhere"]) == 2
+@pytest.mark.parametrize(
+    "address", ["unix:/nowhere", "prod-7:50051", "192.0.2.1:50051", "dns:///octavo:50051", ":50051"]
+)
+def test_admin_socket_that_cannot_be_found_is_usage_error(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["drain", "--address", address]) == 2
     assert "--admin-address" in capsys.readouterr().err
 
 

@@ -15,6 +15,7 @@ from octavo.errors import Reason, RequestError
 from octavo.frontend.client import ZmqClient
 from octavo.frontend.input_processor import InputProcessor
 from octavo.ipc import (
+    MAX_FRAME,
     AbortCause,
     AbortSequences,
     AddRequests,
@@ -118,6 +119,16 @@ async def test_full_queue_refuses_requests_at_once_and_keeps_aborts_for_later(cl
     received = await loop.run_in_executor(None, lambda: [core.receive() for _ in range(sent + 1)])
     assert received[-1] == AbortSequences(3, [7], AbortCause.CLIENT)
     client.add(big)
+
+
+async def test_a_request_larger_than_a_message_may_be_is_refused_and_the_line_lives_on(
+    client: ZmqClient, core: Core
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        client.add([msgspec.structs.replace(requests()[0], prompt_token_ids=bytes(MAX_FRAME))])
+    assert caught.value.reason is Reason.REQUEST_TOO_LARGE
+    client.add(requests())
+    assert core.receive() == AddRequests(3, requests())
 
 
 async def test_prefix_cache_reset_is_answered_or_fails_with_the_core(client: ZmqClient, core: Core) -> None:

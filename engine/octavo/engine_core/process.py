@@ -31,6 +31,7 @@ import zmq
 from octavo import log
 from octavo.errors import StartupError
 from octavo.ipc import (
+    MAX_FRAME,
     CoreReady,
     FrontendDown,
     FrontendStalled,
@@ -49,8 +50,6 @@ from octavo.ipc_channel import Channel, ProtocolError, die_with_parent, socket_o
 if TYPE_CHECKING:
     from octavo.engine_core.engine_core import EngineCore
 
-MAX_FRAME = 8 << 20
-"""Bytes of one message from a front-end; a peer that sends more is disconnected."""
 PIPE_MESSAGES = 4096
 """Messages (steps) that may wait for one front-end before it counts as stalled."""
 

@@ -15,9 +15,10 @@ from typing import Final, Protocol
 import msgspec
 import zmq
 
-from octavo.errors import Reason
+from octavo.errors import Reason, RequestError
 from octavo.frontend.failures import failure
 from octavo.ipc import (
+    MAX_FRAME,
     AbortCause,
     AbortSequences,
     AddRequests,
@@ -45,7 +46,8 @@ class EngineCoreClient(Protocol):
     """Set by AsyncEngine; called when a message of the core made no sense."""
 
     def add(self, requests: list[EngineCoreRequest]) -> None:
-        """Sends the prompts of one request. Raises RequestError QUEUE_FULL when the socket is full."""
+        """Sends the prompts of one request. Raises RequestError QUEUE_FULL when the socket is full, REQUEST_TOO_LARGE
+        when the request is more than a message may hold."""
         ...
 
     def abort(self, keys: list[int], cause: AbortCause) -> None:
@@ -120,7 +122,14 @@ class ZmqClient:
         self._send_unsent()
         if self._push is None:
             raise failure(Reason.ENGINE_RESTARTED)
-        if self._unsent_aborts or not self._send(AddRequests(self._frontend, requests)):
+        data = self._encoder.encode(AddRequests(self._frontend, requests))
+        if len(data) > MAX_FRAME:  # each prompt carries the parameters
+            raise RequestError(
+                Reason.REQUEST_TOO_LARGE,
+                "the request is too large: fewer prompts or shorter lists in its parameters",
+                metadata={"max": str(MAX_FRAME), "got": str(len(data))},
+            )
+        if self._unsent_aborts or not self._send_data(data):
             raise failure(Reason.QUEUE_FULL)
 
     def abort(self, keys: list[int], cause: AbortCause) -> None:
@@ -144,9 +153,12 @@ class ZmqClient:
 
     def _send(self, message: ToCore) -> bool:
         """False if there is no room."""
+        return self._send_data(self._encoder.encode(message))
+
+    def _send_data(self, data: bytes) -> bool:
         assert self._push is not None
         try:
-            self._push.send(self._encoder.encode(message), zmq.NOBLOCK)
+            self._push.send(data, zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True

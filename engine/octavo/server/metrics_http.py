@@ -50,7 +50,7 @@ class MetricsServer:
                         writer.write(body)
                     await writer.drain()
         except (OSError, TimeoutError, EOFError, asyncio.LimitOverrunError):
-            pass  # the peer is gone, slow, or does not speak HTTP
+            writer.transport.abort()  # the peer is gone, slow, or does not speak HTTP: what it did not take is dropped
         finally:
             self._connections -= 1
             writer.close()
