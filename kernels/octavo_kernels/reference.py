@@ -67,6 +67,7 @@ def paged_attention(
     qkv: Tensor,
     layer_cache: Tensor,
     block_tables: Tensor,
+    positions: Tensor,
     query_start_loc: Sequence[int],
     seq_lens: Sequence[int],
     num_decode_rows: int,
@@ -77,8 +78,9 @@ def paged_attention(
     """Causal attention of each row's tokens over its cached context, this step's keys and values included.
 
     qkv: [T, 3 * E] contiguous; only the queries are read. layer_cache: [2, N, H, S, D]. block_tables: integer [R, B];
-    entries beyond a row's need point to any block. query_start_loc: R + 1 host ints; row r has the tokens
-    query_start_loc[r] .. query_start_loc[r + 1] - 1, the last of which is at position seq_lens[r] - 1. Rows before
+    entries beyond a row's need point to any block. positions: int64 [T] of each token in its sequence. query_start_loc:
+    R + 1 host ints; row r has the tokens query_start_loc[r] .. query_start_loc[r + 1] - 1, the last of which is at
+    position seq_lens[r] - 1 (host ints too: nothing is copied to the device here). Rows before
     num_decode_rows have one token. Slots past a row's end may hold anything, NaN too. `upcast`: queries and keys are
     multiplied in fp32, else in qkv's type. Queries are scaled in fp32 first; softmax in fp32. Returns [T, E]
     contiguous, qkv's type.
@@ -86,29 +88,28 @@ def paged_attention(
     output = torch.empty(qkv.shape[0], qkv.shape[1] // 3, dtype=qkv.dtype, device=qkv.device)
     if num_decode_rows:
         rows = slice(0, num_decode_rows)
-        first = torch.tensor([n - 1 for n in seq_lens[rows]], device=qkv.device)
-        output[rows] = _attend(qkv[rows].unsqueeze(1), layer_cache, block_tables[rows], first, scale, upcast).squeeze(1)
+        output[rows] = _attend(
+            qkv[rows].unsqueeze(1), layer_cache, block_tables[rows], positions[rows, None], scale, upcast
+        ).squeeze(1)
     for r in range(num_decode_rows, len(seq_lens)):
         tokens = slice(query_start_loc[r], query_start_loc[r + 1])
-        num_tokens = tokens.stop - tokens.start
-        first = torch.tensor([seq_lens[r] - num_tokens], device=qkv.device)
         num_blocks = -(-seq_lens[r] // layer_cache.shape[3])
         table = block_tables[r : r + 1, :num_blocks]
-        output[tokens] = _attend(qkv[tokens].unsqueeze(0), layer_cache, table, first, scale, upcast).squeeze(0)
+        output[tokens] = _attend(
+            qkv[tokens].unsqueeze(0), layer_cache, table, positions[None, tokens], scale, upcast
+        ).squeeze(0)
     return output
 
 
-def _attend(
-    qkv: Tensor, layer_cache: Tensor, block_tables: Tensor, first_position: Tensor, scale: float, upcast: bool
-) -> Tensor:
-    """G rows of Q tokens each: qkv [G, Q, 3 * E], block_tables [G, B], first_position [G]. Returns [G, Q, E]."""
+def _attend(qkv: Tensor, layer_cache: Tensor, block_tables: Tensor, last: Tensor, scale: float, upcast: bool) -> Tensor:
+    """G rows of Q tokens each: qkv [G, Q, 3 * E], block_tables [G, B]. last [G, Q]: positions of the tokens, each the
+    last that its token sees. Returns [G, Q, E]."""
     num_heads, head_size = layer_cache.shape[2], layer_cache.shape[4]
     num_rows, num_queries = qkv.shape[:2]
     query = qkv.view(num_rows, num_queries, 3, num_heads, head_size)[:, :, 0].transpose(1, 2)  # [G, H, Q, D]
     context = layer_cache[:, block_tables.long()].transpose(3, 4)  # [2, G, B, S, H, D]
     context = context.reshape(2, num_rows, -1, num_heads, head_size).transpose(2, 3)  # [2, G, H, L, D]
     position = torch.arange(context.shape[3], device=qkv.device)  # [L]
-    last = first_position[:, None] + torch.arange(num_queries, device=qkv.device)  # [G, Q]
     hidden = (position > last[:, :, None]).unsqueeze(1)  # [G, 1, Q, L]
     unwritten = (position > last[:, -1:])[:, None, :, None]  # [G, 1, L, 1]
     key = context[0].to(torch.float32 if upcast else qkv.dtype)

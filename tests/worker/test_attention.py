@@ -53,6 +53,11 @@ def context_written_before(rng, cache, query_start_loc, seq_lens, tables, block_
             cache[:, tables[r, i], :, :filled] = torch.from_numpy(numbers).to(cache.dtype)
 
 
+def positions_of(query_start_loc, seq_lens):
+    rows = zip(np.diff(query_start_loc), seq_lens, strict=True)
+    return torch.from_numpy(np.concatenate([np.arange(seq_len - size, seq_len) for size, seq_len in rows]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize(("num_rows", "num_decode_rows"), [(1, 1), (1, 0), (40, 40), (5, 0), (23, 17)])
@@ -74,7 +79,14 @@ def test_write_and_attend_equal_the_reference(num_rows, num_decode_rows, block_s
         assert torch.equal(cache[written], expected_cache[written])
         table = torch.from_numpy(tables)
         expected = reference.paged_attention(
-            qkv, expected_cache, table, loc.tolist(), seq_lens.tolist(), num_decode_rows, scale=0.2
+            qkv,
+            expected_cache,
+            table,
+            positions_of(loc, seq_lens),
+            loc.tolist(),
+            seq_lens.tolist(),
+            num_decode_rows,
+            scale=0.2,
         )
         assert torch.isfinite(found).all()
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 if dtype is torch.float32 else 0.03)
@@ -114,7 +126,8 @@ def test_rows_may_share_blocks():
     qkv = torch.from_numpy(rng.standard_normal((3, 3 * WIDTH)).astype(np.float32))
     plan = kernel.plan(5, slots, loc, lens, tables, 3)
     kernel.write(plan, qkv, cache)
-    expected = reference.paged_attention(qkv, cache, torch.from_numpy(tables), [0, 1, 2, 3], lens.tolist(), 3, scale=1)
+    table, positions = torch.from_numpy(tables), torch.from_numpy(lens - 1)
+    expected = reference.paged_attention(qkv, cache, table, positions, [0, 1, 2, 3], lens.tolist(), 3, scale=1)
     torch.testing.assert_close(kernel.attend(plan, qkv, cache, 1.0), expected, rtol=0, atol=2e-6)
 
 
@@ -124,7 +137,8 @@ def test_large_queries_and_keys_stay_in_the_range_of_fp16(num_decode_rows):
     cache = torch.zeros(2, 2, 1, 16, 64, dtype=torch.float16)
     qkv = torch.full((1, 3 * 64), 40, dtype=torch.float16)
     reference.kv_write(qkv, cache, torch.tensor([16]))
-    found = reference.paged_attention(qkv, cache, torch.tensor([[1]]), [0, 1], [1], num_decode_rows, scale=0.125)
+    table, position = torch.tensor([[1]]), torch.tensor([0])
+    found = reference.paged_attention(qkv, cache, table, position, [0, 1], [1], num_decode_rows, scale=0.125)
     assert found.tolist() == [[40] * 64]
 
 

@@ -72,6 +72,7 @@ class TorchAttention:
             qkv,
             layer_cache,
             batch.block_tables,
+            batch.positions,
             query_start_loc,
             seq_lens,
             batch.num_decode_rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from octavo.step import SchedulerOutput
 from octavo.worker.request_states import RequestStates
+
+Ints = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -81,19 +84,51 @@ class InputBatchBuilder:
         block_tables[muted] = 0
         block_tables[np.arange(block_tables.shape[1]) * block_size >= seq_lens[:, None]] = 0
         blocks = block_tables[rows, positions // block_size].astype(np.int64)
+        input_ids = states.hist[slots[rows], positions].astype(np.int64)
+        slot_mapping = blocks * block_size + positions % block_size
+        logits_indices = starts[1:][sampling_rows].astype(np.int64) - 1
+        tensors = upload(
+            [input_ids, positions.astype(np.int64), slot_mapping, logits_indices, starts, seq_lens, block_tables],
+            self._device,
+        )
         return InputBatch(
-            input_ids=self._tensor(states.hist[slots[rows], positions].astype(np.int64)),
-            positions=self._tensor(positions.astype(np.int64)),
-            slot_mapping=self._tensor(blocks * block_size + positions % block_size),
-            query_start_loc=self._tensor(starts),
-            seq_lens=self._tensor(seq_lens),
-            block_tables=self._tensor(block_tables),
+            input_ids=tensors[0],
+            positions=tensors[1],
+            slot_mapping=tensors[2],
+            logits_indices=tensors[3],
+            query_start_loc=tensors[4],
+            seq_lens=tensors[5],
+            block_tables=tensors[6],
             num_decode_rows=step.num_decode_rows,
-            logits_indices=self._tensor(starts[1:][sampling_rows].astype(np.int64) - 1),
             query_start_loc_np=starts,
             seq_lens_np=seq_lens,
             block_tables_np=block_tables,
         )
 
-    def _tensor(self, array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+def upload(arrays: Sequence[Ints], device: torch.device) -> list[Tensor]:
+    """The arrays on the device; on the CPU as they are, sharing memory."""
+    if device.type == "cpu":
+        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    packed = pack(arrays, pinned=device.type == "cuda")  # from torch's pool of pinned memory, which waits for the copy
+    return unpack(packed.to(device, non_blocking=True), arrays)
+
+
+def pack(arrays: Sequence[Ints], *, pinned: bool) -> Tensor:
+    """One buffer of bytes for one copy to the device: each array at a multiple of 8 bytes."""
+    packed = torch.empty(sum(map(_padded_size, arrays)), dtype=torch.uint8, pin_memory=pinned)
+    for part, array in zip(packed.split_with_sizes([_padded_size(array) for array in arrays]), arrays, strict=True):
+        part.numpy()[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return packed
+
+
+def unpack(packed: Tensor, arrays: Sequence[Ints]) -> list[Tensor]:
+    """Views of the packed buffer with the shapes and types of the arrays."""
+    return [
+        part[: array.nbytes].view(torch.int64 if array.dtype == np.int64 else torch.int32).view(array.shape)
+        for part, array in zip(packed.split_with_sizes([_padded_size(array) for array in arrays]), arrays, strict=True)
+    ]
+
+
+def _padded_size(array: Ints) -> int:
+    return -(-array.nbytes // 8) * 8
