@@ -16,6 +16,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 START_TIMEOUT = 420.0
 RUN_TIMEOUT = 300.0
+END_TIMEOUT = 20.0
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,17 @@ class Worker:
             raise WorkerError(answer["error"])
         return answer
 
-    def close(self) -> None:
-        """Lets the worker end by itself, then ends whatever is left of its process group."""
+    def ask_to_end(self) -> None:
+        """Ends the worker's input: it ends when it has done what it was at."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
+
+    def close(self) -> None:
+        """Lets the worker end by itself, then ends whatever is left of its process group."""
+        self.ask_to_end()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(30)
+            self._process.wait(END_TIMEOUT)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

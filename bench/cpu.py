@@ -30,7 +30,7 @@ from contenders import COMPARISONS, CONTENDERS, DEFAULT, SLOW_BF16, Contender, W
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "bench"
-WARM_UP_TOKENS = 8
+WARM_UP_TOKENS = (2, 8)
 LARGEST_TOKEN = 50_000
 TARGETS = {("octavo", "vllm", 1): 1.25, ("octavo", "vllm", 16): 1.0}
 TARGETS |= {(f"octavo-{mode}", "octavo", 16): 0.9 for mode in ("stream", "unary", "batch", "session")}
@@ -45,7 +45,9 @@ class Cell:
     batch: int
     new_tokens: int
     repeats: int
-    """How many turns it takes; fewer than the others when it is so slow that they would not fit."""
+    """How many turns it takes; fewer than the others, or none, when it is so slow that they would not fit."""
+    expected_rate: float
+    """Tokens per second that the warm-up promised."""
     seconds: list[float] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     """Cores that the rest of the machine, this program included, kept busy meanwhile."""
@@ -77,8 +79,10 @@ def main() -> int:
             print(f"  {name:<20} absent: {why}", flush=True)
         cells = measure(options, entries, absent) if entries else []
     finally:
-        for worker in {id(entry.worker): entry.worker for entry in entries.values()}.values():
-            worker.close()
+        for entry in entries.values():
+            entry.worker.ask_to_end()
+        for entry in entries.values():
+            entry.worker.close()
     ratios = compare(cells)
     report(cells, ratios)
     if options.out and cells:
@@ -95,7 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=[1, 4, 16, 64], metavar="N,M,...")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender at each batch size")
     parser.add_argument("--quick", action="store_true", help="2 turns at batch 1 and 16")
-    parser.add_argument("--cell-seconds", type=float, default=30.0, help="who needs more takes fewer turns")
+    parser.add_argument("--cell-seconds", type=float, default=25.0, help="who needs more takes fewer turns")
     parser.add_argument("--threads", type=int, default=0, help="OpenMP threads of each; 0: each system's own choice")
     parser.add_argument("--shape", default="gpt2", help="tiny, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
     parser.add_argument("--prompt-tokens", type=int, default=11)
@@ -187,20 +191,21 @@ def measure(options: argparse.Namespace, entries: dict[str, Entry], absent: dict
             for name, answer in answers.items():
                 if "transformers" in answers and name != "transformers":
                     row[name].agreement.append(agreement(answer, answers["transformers"]))
-        cells += [cell for cell in row.values() if cell.seconds]
+        cells += [cell for name, cell in row.items() if cell.seconds or name not in absent]
     for name in set(absent) & set(entries):
         print(f"{name} dropped out: {absent[name]}", flush=True)
     return cells
 
 
 def warmed_up(options: argparse.Namespace, name: str, entry: Entry, batch: int) -> Cell:
-    """One short batch, which also tells how many turns fit into --cell-seconds."""
+    """Two short batches, which also tell how many turns fit into --cell-seconds."""
     prompts = random_prompts(options, batch, -1)
-    seconds, _ = entry.worker.run(prompts, WARM_UP_TOKENS, entry.contender.mode)
-    seconds, _ = entry.worker.run(prompts, WARM_UP_TOKENS, entry.contender.mode)
-    expected = seconds * options.new_tokens / WARM_UP_TOKENS
-    repeats = max(1, min(options.repeats, int(options.cell_seconds / expected)))
-    return Cell(name, batch, options.new_tokens, repeats)
+    few, more = WARM_UP_TOKENS
+    first, _ = entry.worker.run(prompts, few, entry.contender.mode)
+    second, _ = entry.worker.run(prompts, more, entry.contender.mode)
+    expected = second + max(0.0, second - first) / (more - few) * (options.new_tokens - more)
+    repeats = min(options.repeats, round(options.cell_seconds / expected))
+    return Cell(name, batch, options.new_tokens, repeats, batch * options.new_tokens / expected)
 
 
 def take_turn(options: argparse.Namespace, cell: Cell, entry: Entry, prompts: list[list[int]]) -> list[list[int]]:
@@ -232,7 +237,7 @@ def compare(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         for ours in cells:
             for theirs in cells:
                 bases = (ours.contender.split("@")[0], theirs.contender.split("@")[0])
-                if bases == (first, second) and ours.batch == theirs.batch:
+                if bases == (first, second) and ours.batch == theirs.batch and ours.seconds and theirs.seconds:
                     ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=False)]
                     found.append(
                         {
@@ -254,7 +259,7 @@ def report(cells: Sequence[Cell], ratios: Sequence[dict[str, Any]]) -> None:
     print("\ntokens per second: median (least to most)")
     print(f"{'':<24}" + "".join(f"{f'batch {batch}':>24}" for batch in batches))
     for name in dict.fromkeys(cell.contender for cell in cells):
-        row = {cell.batch: summary(cell.rates) for cell in cells if cell.contender == name}
+        row = {cell.batch: summary(cell) for cell in cells if cell.contender == name}
         print(f"{name:<24}" + "".join(f"{row.get(batch, '-'):>24}" for batch in batches))
     print("\nratio of tokens per second: median (least to most)")
     for pair in dict.fromkeys((ratio["first"], ratio["second"]) for ratio in ratios):
@@ -265,12 +270,14 @@ def report(cells: Sequence[Cell], ratios: Sequence[dict[str, Any]]) -> None:
             met = "met" if ratio["median"] >= ratio["target"] else "NOT met"
             print(f"target: {ratio['first']} / {ratio['second']} at batch {ratio['batch']} >= {ratio['target']}: {met}")
     if cells:
-        others = statistics.median(value for cell in cells for value in cell.others)
+        others = statistics.median([value for cell in cells for value in cell.others] or [0.0])
         print(f"the rest of the machine kept {others:.2f} cores busy meanwhile (median)")
 
 
-def summary(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f}) x{len(values)}"
+def summary(cell: Cell) -> str:
+    if not cell.seconds:
+        return f"about {cell.expected_rate:.0f} x0"
+    return f"{statistics.median(cell.rates):.0f} ({min(cell.rates):.0f}-{max(cell.rates):.0f}) x{len(cell.rates)}"
 
 
 def ratio_text(ratio: dict[str, Any]) -> str:
@@ -302,7 +309,8 @@ def record(
                 "run": run,
                 "contender": cell.contender,
                 "batch": cell.batch,
-                "tokens_per_second": round(statistics.median(cell.rates), 1),
+                "tokens_per_second": round(statistics.median(cell.rates), 1) if cell.seconds else None,
+                "expected_by_warm_up": round(cell.expected_rate, 1),
                 "seconds": [round(value, 4) for value in cell.seconds],
                 "other_cores_busy": [round(value, 2) for value in cell.others],
                 "agreement_with_transformers": [round(value, 3) for value in cell.agreement],
