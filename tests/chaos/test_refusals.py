@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos.server_under_test import ServerUnderTest, engine_config, streams
+from chaos.server_under_test import ServerUnderTest, engine_config, eventually, generate_when_up, kill, streams
 from octavo.checkpoint import resolve
 
 PICKLE = b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x03wte\x94]\x94s."
@@ -61,6 +61,19 @@ def test_truncated_weights_are_exit_3(checkpoint):
     status, line = refused(ServerUnderTest(engine_config(path=str(checkpoint))))
     assert status == 3
     assert "model.safetensors" in line
+
+
+async def test_a_core_that_cannot_be_replaced_at_first_is_tried_again(checkpoint):
+    server = ServerUnderTest(engine_config(path=str(checkpoint))).wait_until_ready()
+    try:
+        weights = checkpoint / "model.safetensors"
+        weights.rename(checkpoint / "away")
+        kill(server.core_pid)
+        await eventually(lambda: "cannot start" in server.stderr, 20)
+        (checkpoint / "away").rename(weights)
+        await generate_when_up(server.address, 30)
+    finally:
+        server.close()
 
 
 def test_pickled_weights_are_refused_with_exit_3(checkpoint):
