@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octavo_kernels.activations import ACTIVATIONS
+
+ATTENTION_WORKSPACE: Final = 256 << 20
+"""Bytes that decode rows of one call of `paged_attention` may take beside its arguments and result."""
 
 
 def embed(input_ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,6 +78,7 @@ def paged_attention(
     *,
     scale: float,
     upcast: bool = False,
+    workspace: int = ATTENTION_WORKSPACE,
 ) -> Tensor:
     """Causal attention of each row's tokens over its cached context, this step's keys and values included.
 
@@ -82,23 +87,36 @@ def paged_attention(
     R + 1 host ints; row r has the tokens query_start_loc[r] .. query_start_loc[r + 1] - 1, the last of which is at
     position seq_lens[r] - 1 (host ints too: nothing is copied to the device here). Rows before
     num_decode_rows have one token. Slots past a row's end may hold anything, NaN too. `upcast`: queries and keys are
-    multiplied in fp32, else in qkv's type. Queries are scaled in fp32 first; softmax in fp32. Returns [T, E]
-    contiguous, qkv's type.
+    multiplied in fp32, else in qkv's type. Queries are scaled in fp32 first; softmax in fp32. `workspace`: as many
+    decode rows are computed together as fit these bytes. Returns [T, E] contiguous, qkv's type.
     """
     output = torch.empty(qkv.shape[0], qkv.shape[1] // 3, dtype=qkv.dtype, device=qkv.device)
-    if num_decode_rows:
-        rows = slice(0, num_decode_rows)
+    num_heads, block_size, head_size = layer_cache.shape[2:]
+    itemsize = max(qkv.itemsize, layer_cache.itemsize, 4 if upcast else 0)
+    longest = block_tables.shape[1] * block_size
+    group_size = max(1, workspace // attention_bytes(num_heads, head_size, 1, longest, itemsize))
+    for start in range(0, num_decode_rows, group_size):
+        rows = slice(start, min(start + group_size, num_decode_rows))
+        table = block_tables[rows, : -(-max(seq_lens[rows]) // block_size)]
         output[rows] = _attend(
-            qkv[rows].unsqueeze(1), layer_cache, block_tables[rows], positions[rows, None], scale, upcast
+            qkv[rows].unsqueeze(1), layer_cache, table, positions[rows, None], scale, upcast
         ).squeeze(1)
     for r in range(num_decode_rows, len(seq_lens)):
         tokens = slice(query_start_loc[r], query_start_loc[r + 1])
-        num_blocks = -(-seq_lens[r] // layer_cache.shape[3])
-        table = block_tables[r : r + 1, :num_blocks]
+        table = block_tables[r : r + 1, : -(-seq_lens[r] // block_size)]
         output[tokens] = _attend(
             qkv[tokens].unsqueeze(0), layer_cache, table, positions[None, tokens], scale, upcast
         ).squeeze(0)
     return output
+
+
+def attention_bytes(num_heads: int, head_size: int, num_queries: int, context: int, itemsize: int) -> int:
+    """What one row of `paged_attention` takes at most while it is computed.
+
+    Of each key and value seven halves: as gathered, converted, masked, and laid out for the products; of each score
+    four fp32 numbers. `itemsize`: bytes of the widest type among queries, cache and products.
+    """
+    return context * (7 * num_heads * head_size * itemsize + 16 * num_heads * num_queries)
 
 
 def _attend(qkv: Tensor, layer_cache: Tensor, block_tables: Tensor, last: Tensor, scale: float, upcast: bool) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from octavo.checkpoint import ModelSpec
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.errors import StartupError
-from octavo.worker.kv_cache import CPU_MEMORY, KVCache, num_blocks_that_fit
+from octavo.worker.kv_cache import CPU_MEMORY, KVCache, num_blocks_that_fit, step_memory
 from octavo_kernels import reference
 from octavo_kernels.cpu.attention import PagedAttention
 
@@ -142,6 +142,21 @@ def test_large_queries_and_keys_stay_in_the_range_of_fp16(num_decode_rows):
     assert found.tolist() == [[40] * 64]
 
 
+def test_decode_rows_in_groups_give_what_all_rows_together_give():
+    rng = np.random.default_rng(1)
+    loc, seq_lens, tables, slots, num_blocks = random_step(rng, 23, 20, 16, 90)
+    cache = torch.full((2, num_blocks, HEADS, 16, SIZE), math.nan)
+    context_written_before(rng, cache, loc, seq_lens, tables, 16)
+    qkv = torch.from_numpy(rng.standard_normal((len(slots), 3 * WIDTH)).astype(np.float32))
+    reference.kv_write(qkv, cache, torch.from_numpy(slots))
+    arguments = qkv, cache, torch.from_numpy(tables), positions_of(loc, seq_lens), loc.tolist(), seq_lens.tolist(), 20
+    together = reference.paged_attention(*arguments, scale=0.2)
+    per_row = reference.attention_bytes(HEADS, SIZE, 1, tables.shape[1] * 16, 4)
+    for workspace in (1, 3 * per_row, 19 * per_row + 1):
+        found = reference.paged_attention(*arguments, scale=0.2, workspace=workspace)
+        torch.testing.assert_close(found, together, rtol=0, atol=2e-6)
+
+
 SPEC = ModelSpec(vocab_size=11, n_positions=64, n_embd=8, n_layer=3, n_head=2)
 
 
@@ -171,6 +186,15 @@ def test_the_cache_is_as_large_as_asked_and_never_larger_than_useful():
     gpt2 = ModelSpec()
     large = fitting(gpt2, max_num_requests=256, max_model_len=1025)
     assert (large + 1) * KVCache.bytes_per_block(gpt2, 16, torch.float32) <= CPU_MEMORY
+
+
+def test_a_gpu_keeps_memory_for_attention_and_for_ranking_all_logits():
+    scheduler = SchedulerConfig(max_num_requests=256, max_num_batched_tokens=2048)
+    large = ModelSpec(n_embd=1280, n_layer=36, n_head=20)
+    chunk = 1024 * (7 * 1280 * 2 + 16 * 20 * 1024)
+    assert step_memory(large, scheduler, torch.bfloat16) == 2048 * 14 * 1280 * 2 + chunk + 256 * 50257 * 48
+    short = SchedulerConfig(max_num_requests=2, max_num_batched_tokens=64)
+    assert step_memory(large, short, torch.bfloat16) == 64 * 14 * 1280 * 2 + (256 << 20) + 2 * 50257 * 48
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused_with_the_size_it_needs():

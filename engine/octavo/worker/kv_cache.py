@@ -16,6 +16,10 @@ CPU_MEMORY = 1 << 30
 GPU_SHARE = 0.92
 """Part of the card's memory that octavo may use in all; the rest is the driver's and the allocator's slack."""
 
+SAMPLER_BYTES = 48
+"""Per logit, where a filter ranks the whole vocabulary: logits, scores, scaled, the subset, softmax and sum of 4 bytes
+each; sorted values and indices, 12, and as much again while they are sorted."""
+
 
 class KVCache:
     """Keys and values of all sequences. Owned by the model runner; blocks are handed out by the core's BlockPool."""
@@ -79,13 +83,21 @@ def num_blocks_that_fit(
 
 
 def _free_gpu_memory(spec: ModelSpec, scheduler: SchedulerConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes left for the cache: what is free less what a step needs beside it.
-
-    A step holds per token: residual, its norm, qkv, attention and the MLP's inner states; per sampling row about four
-    copies of the logits in fp32.
-    """
+    """Bytes left for the cache: what is free less what a step needs beside it."""
     free, total = torch.cuda.mem_get_info(device)
+    return max(0, free - int((1 - GPU_SHARE) * total) - step_memory(spec, scheduler, dtype))
+
+
+def step_memory(spec: ModelSpec, scheduler: SchedulerConfig, dtype: torch.dtype) -> int:
+    """Bytes that the largest step takes on a GPU, with the reference ops.
+
+    Per token residual, its norm, qkv, attention and the MLP's inner states; attention's workspace, or what a chunk as
+    long as the context takes; the sampler's copies of the logits.
+    """
     tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_requests)
-    per_token = (6 * spec.n_embd + 2 * spec.inner_size) * dtype.itemsize
-    activations = tokens * per_token + scheduler.max_num_requests * spec.vocab_size * 16
-    return max(0, free - int((1 - GPU_SHARE) * total) - activations)
+    activations = tokens * (6 * spec.n_embd + 2 * spec.inner_size) * dtype.itemsize
+    itemsize = 4 if spec.reorder_and_upcast_attn else dtype.itemsize
+    chunk = min(tokens, spec.n_positions)
+    prefill = reference.attention_bytes(spec.n_head, spec.head_size, chunk, spec.n_positions, itemsize)
+    logits = scheduler.max_num_requests * spec.vocab_size * SAMPLER_BYTES
+    return activations + max(reference.ATTENTION_WORKSPACE, prefill) + logits
