@@ -32,6 +32,13 @@ def test_what_a_killed_server_left_is_taken_over_and_removed(tmp_path):
     assert not path.exists()
 
 
+def test_what_is_not_the_servers_stays_also_after_a_killed_server(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    os.close(RunDirectory(str(tmp_path))._lock)
+    RunDirectory(str(tmp_path)).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
 def test_stale_sockets_are_replaced_but_one_with_a_live_peer_never_is(tmp_path):
     path = tmp_path / "core-0.sock"
     with socket.socket(socket.AF_UNIX) as listener:

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import ipaddress
 import os
-import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -68,11 +67,11 @@ class RunDirectory:
         (self.path / f"{name}.sock").unlink(missing_ok=True)
 
     def close(self) -> None:
+        for path in [*self.path.glob("*.sock"), self.path / _LOCK]:
+            path.unlink(missing_ok=True)
         if self._fresh:
-            shutil.rmtree(self.path, ignore_errors=True)
-        else:
-            for path in [*self.path.glob("*.sock"), self.path / _LOCK]:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: what is left is not ours
+                self.path.rmdir()
         os.close(self._lock)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ from frontend.fakes import FakeCore, demo, engine_info, ids_of, request
 from octavo.config import Limits, ServerConfig
 from octavo.errors import Code, Reason, RequestError
 from octavo.frontend import request_handle
-from octavo.frontend.async_engine import AsyncEngine, EngineState, RequestHandle
+from octavo.frontend.async_engine import MAX_TOKENIZER_CALLS, AsyncEngine, EngineState, RequestHandle
 from octavo.frontend.cluster import LocalCluster
 from octavo.frontend.failures import failure
 from octavo.ipc import AbortCause, LoadReport
@@ -369,6 +370,23 @@ async def test_cancelled_submission_gives_its_places_back() -> None:
         await submitting
     assert engine.num_inflight == 0
     (await engine.submit(request(), streaming=True)).close()
+    engine.close()
+
+
+async def test_a_flood_of_tokenizer_rpcs_is_bounded_and_holds_up_no_request() -> None:
+    engine = make()
+    free = threading.Event()
+    engine._rpc_thread.submit(free.wait)
+    text = "word " * 1_000
+    waiting = [asyncio.ensure_future(engine.tokenize([text], PromptOptions())) for _ in range(MAX_TOKENIZER_CALLS)]
+    await asyncio.sleep(0)
+    assert await reason_of(engine.tokenize([text], PromptOptions())) is Reason.QUEUE_FULL
+    assert len(await engine.tokenize(["short"], PromptOptions())) == 1
+    assert await reason_of(engine.submit(request("word " * 20_000), streaming=True)) is Reason.CONTEXT_LENGTH_EXCEEDED
+    waiting.pop().cancel()
+    free.set()
+    assert len(await asyncio.gather(*waiting)) == MAX_TOKENIZER_CALLS - 1
+    await engine.tokenize([text], PromptOptions())
     engine.close()
 
 

@@ -35,6 +35,8 @@ _T = TypeVar("_T")
 
 INLINE_CHARACTERS: Final = 2048
 """Texts up to this long together are tokenized on the event loop (about 1 ms); longer ones in a thread."""
+MAX_TOKENIZER_CALLS: Final = 64
+"""Large calls of the tokenizer's own RPCs that may wait for their thread; no request waits for them."""
 
 
 class EngineState(enum.Enum):
@@ -85,6 +87,8 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
+        self._rpc_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer RPCs")
+        self._num_rpc_calls = 0
         self._state_callbacks: list[Callable[[EngineState], None]] = []
         self._load_callbacks: list[Callable[[EngineLoad], None]] = []
         client.on_message = self._on_message
@@ -294,7 +298,9 @@ class AsyncEngine:
             options = PromptOptions(add_special_tokens=options.add_special_tokens, split_special_tokens=split)
         bos = self.model.bos_token_id
         of_nothing = [] if bos is None else [bos]
-        return [token_ids or of_nothing for token_ids in await self._tokenize(texts, options)]
+        size = sum(map(len, texts))
+        found = await self._run_for_rpc(lambda: self._inputs.tokenize(texts, options), size > INLINE_CHARACTERS)
+        return [token_ids or of_nothing for token_ids in found]
 
     async def detokenize(self, token_ids: list[list[int]], skip_special_tokens: bool = False) -> list[str]:
         """The texts of lists of ids. Raises RequestError with paths from DetokenizeRequest."""
@@ -304,15 +310,26 @@ class AsyncEngine:
             tokenizer = self.model.tokenizer
             return [tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in token_ids]
 
-        return await self._run(decode, sum(map(len, token_ids)) > INLINE_CHARACTERS)
+        return await self._run_for_rpc(decode, sum(map(len, token_ids)) > INLINE_CHARACTERS)
 
     async def _tokenize(self, texts: list[str], options: PromptOptions) -> list[list[int]]:
-        return await self._run(lambda: self._inputs.tokenize(texts, options), sum(map(len, texts)) > INLINE_CHARACTERS)
+        if sum(map(len, texts)) <= INLINE_CHARACTERS:
+            return self._inputs.tokenize(texts, options)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._inputs.tokenize, texts, options)
 
-    async def _run(self, function: Callable[[], _T], in_thread: bool) -> _T:
+    async def _run_for_rpc(self, function: Callable[[], _T], in_thread: bool) -> _T:
         if not in_thread:
             return function()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        if self._num_rpc_calls >= MAX_TOKENIZER_CALLS:
+            raise failure(Reason.QUEUE_FULL)
+        self._num_rpc_calls += 1
+        call = asyncio.get_running_loop().run_in_executor(self._rpc_thread, function)
+        call.add_done_callback(self._rpc_call_ended)
+        return await call
+
+    def _rpc_call_ended(self, call: asyncio.Future[_T]) -> None:
+        self._num_rpc_calls -= 1
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
@@ -325,3 +342,4 @@ class AsyncEngine:
     def close(self) -> None:
         """Ends the threads. Requests in flight are the caller's to end first."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._rpc_thread.shutdown(wait=False, cancel_futures=True)
