@@ -146,6 +146,27 @@ def test_request_that_no_token_suits_fails_alone_and_stays_silent(runner):
     assert late.token_ids[1] >= 0
 
 
+def test_a_request_whose_values_cannot_be_computed_fails_alone_and_stays_silent(runner):
+    sampled = GenerationParams(do_sample=True)
+    alone = runner.submit(step([(0, 0, 20, True)], new_requests=[new_request(0, params=sampled)])).result()
+    requests = [
+        new_request(0, params=sampled, group_id=7),
+        new_request(1, prompt_logprobs=4097),  # more than there are tokens
+        new_request(2, logprobs=LogprobSpec(4097, LogprobKind.RAW_LOGPROB, [])),
+        new_request(3, prompt_logprobs=1),
+    ]
+    rows = [(slot, 0, 20, True) for slot in range(4)]
+    output = runner.submit(step(rows, freed_slots=[0], released_groups=[0], new_requests=requests)).result()
+    assert output.failed == [(1, Reason.INTERNAL), (2, Reason.INTERNAL)]
+    assert output.token_ids[[1, 2]].tolist() == [-1, -1]
+    assert output.token_ids[0] == alone.token_ids[0]
+    assert output.token_ids[3] >= 0
+    assert [values.row for values in output.prompt_logprobs] == [3]
+    late = runner.submit(step([(slot, 20, 1, True) for slot in range(4)])).result()
+    assert (late.token_ids >= 0).tolist() == [True, False, False, True]
+    assert late.failed == []
+
+
 def test_error_in_a_step_is_raised_with_its_result(runner):
     bad = new_request(0, block_ids=np.array([10**6], np.int32))
     pending = runner.submit(step([(0, 0, 3, True)], new_requests=[bad]))

@@ -81,6 +81,20 @@ def test_rows_out_of_step_draw_what_they_would_have_drawn(probs):
             assert actual[step][row] in (expected[step][row], -1)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_row_may_ask_again_for_its_last_step_and_changes_nothing_by_it(num_rows: int, probs):
+    noise = Noise(V, torch.device("cpu"))
+    noise.open(1, 9, num_rows)
+    actual = []
+    for step in range(6):
+        for _ in range(1 + step % 3):
+            tokens = [draw(noise, 1, row, step, probs) for row in range(num_rows)]
+        actual.append(tokens)
+    assert actual == expected_draws(9, num_rows, 6, probs)
+    with pytest.raises(AssertionError):
+        noise.exponentials(1, 0, 4)
+
+
 def test_states_are_kept_from_the_slowest_living_row_on_only(probs):
     noise = Noise(V, torch.device("cpu"))
     noise.open(1, 9, 2)
@@ -90,10 +104,10 @@ def test_states_are_kept_from_the_slowest_living_row_on_only(probs):
     assert len(stream.states) == 20
     for step in range(10):
         noise.exponentials(1, 1, step)
-    assert len(stream.states) == 10
+    assert len(stream.states) == 11
     noise.row_ended(1, 1)
     noise.exponentials(1, 0, 20)
-    assert len(stream.states) == 0
+    assert len(stream.states) == 1
     noise.close(1)
     assert len(noise) == 0
 

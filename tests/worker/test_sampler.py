@@ -229,3 +229,27 @@ def test_a_slot_forgets_its_last_request():
     assert output.token_ids.tolist() == [96]
     assert output.logprobs is None
     assert bench.states.append(np.array([0], np.int32), np.array([3], np.int32)).tolist() == [0]
+
+
+def test_a_row_that_raises_fails_alone_and_changes_no_other(caplog):
+    """Rows 1 and 4 cannot be computed; the others get the tokens and values that they get with rows that can."""
+    rng = random.Random(5)
+    rows = [random_row(rng, 97) for _ in range(6)]
+    for row in rows:
+        row.params["do_sample"] = True
+    expected = sample_together(rows)
+    rows[1].logprobs = LogprobSpec(98, LogprobKind.RAW_LOGPROB, [])  # more than there are tokens
+    rows[4].logprobs = LogprobSpec(0, LogprobKind.RAW_LOGPROB, [97])
+    bench = Bench(97, 6)
+    bench.add(rows, range(6))
+    output = bench.sample(rows, range(6))
+    assert output.failed == [(1, Reason.INTERNAL), (4, Reason.INTERNAL)]
+    others = [0, 2, 3, 5]
+    assert output.token_ids[[1, 4]].tolist() == [-1, -1]
+    assert output.token_ids[others].tolist() == expected.token_ids[others].tolist()
+    assert output.logprobs.rows.tolist() == others
+    assert np.array_equal(output.logprobs.chosen, expected.logprobs.chosen[others])
+    assert np.array_equal(output.logprobs.requested.reshape(4, 97), expected.logprobs.requested.reshape(6, 97)[others])
+    assert np.array_equal(np.diff(output.logprobs.requested_offsets), [97] * 4)
+    assert len(caplog.records) == 3
+    assert all(record.exc_info for record in caplog.records)

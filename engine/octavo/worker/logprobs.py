@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -60,6 +61,24 @@ def gather_logprobs(
     )
 
 
+def join_logprob_rows(parts: list[LogprobRows]) -> LogprobRows:
+    """Values of different rows of one step, in order, as one."""
+
+    def joined(column: str) -> npt.NDArray[Any]:
+        return np.concatenate([getattr(part, column) for part in parts])
+
+    return LogprobRows(
+        rows=joined("rows"),
+        chosen=joined("chosen"),
+        ranks=joined("ranks"),
+        top_offsets=_joined_offsets([part.top_offsets for part in parts]),
+        top_token_ids=joined("top_token_ids"),
+        top_values=joined("top_values"),
+        requested_offsets=_joined_offsets([part.requested_offsets for part in parts]),
+        requested=joined("requested"),
+    )
+
+
 def gather_prompt_logprobs(
     logits: Tensor, next_token_ids: Int32s, num_top: int
 ) -> tuple[Float32s, Int32s, Int32s, Float32s]:
@@ -109,3 +128,7 @@ def _top(values: Tensor, num_top: int) -> tuple[Int32s, Float32s]:
 
 def _offsets(parts: list[Int32s] | list[Float32s]) -> Int32s:
     return np.cumsum([0, *(len(part) for part in parts)], dtype=np.int32)
+
+
+def _joined_offsets(parts: list[Int32s]) -> Int32s:
+    return np.cumsum(np.concatenate([[0], *(np.diff(part) for part in parts)]), dtype=np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from octavo.checkpoint import ModelSpec, read_spec
 from octavo.config import EngineConfig
 from octavo.errors import Reason, StartupError
-from octavo.step import Int32s, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
+from octavo.step import Int32s, ModelRunnerOutput, NewRequest, SchedulerOutput
 from octavo.types import EngineInfo, GenerationParams
 from octavo.worker.device import choose_device, choose_dtype, describe_device, resolve_budget
 from octavo.worker.gpt2 import GPT2
@@ -22,9 +23,11 @@ from octavo.worker.kv_cache import KVCache, num_blocks_that_fit
 from octavo.worker.logprobs import gather_prompt_logprobs, join_prompt_logprobs
 from octavo.worker.memory import FrugalWeights, give_back_heap
 from octavo.worker.noise import Noise
-from octavo.worker.request_states import Int64s, RequestStates
+from octavo.worker.request_states import Float32s, Int64s, RequestStates
 from octavo.worker.sampler import Sampler
 from octavo.worker.weights import load_weights
+
+log = logging.getLogger(__name__)
 
 PROMPT_LOGPROB_ROWS = 64
 """Positions whose whole rows of logits are held at once for prompt logprobs: 26 MB at GPT-2's vocabulary."""
@@ -138,10 +141,16 @@ class ModelRunner:
         hidden = self._model.forward(batch, self._kv_cache)
         states.num_computed[slots] = step.num_computed + step.num_scheduled
         output = ModelRunnerOutput(np.full(len(slots), -1, np.int32), np.zeros(len(slots), np.uint8))
+        indices = batch.logits_indices
         if states.prompt_logprobs:
-            output.prompt_logprobs = self._prompt_logprobs(step, batch, hidden)
+            self._add_prompt_logprobs(step, batch, hidden, output)
+        if output.failed:
+            alive = states.finished[slots[rows]] == 0
+            rows, indices = rows[alive], indices[torch.from_numpy(alive).to(indices.device)]
         if len(rows):
-            self._choose(self._model.logits(hidden[batch.logits_indices]), slots, rows, output)
+            self._choose(self._model.logits(hidden[indices]), slots, rows, output)
+        if any(reason is Reason.INTERNAL for _, reason in output.failed):
+            self.check_device()  # if it is broken, no row is to blame
         return output
 
     def _choose(self, logits: Tensor, slots: Int32s, rows: Int64s, output: ModelRunnerOutput) -> None:
@@ -149,8 +158,9 @@ class ModelRunner:
         states = self._states
         chosen = self._sampler.sample(logits, slots[rows])
         if chosen.failed:
-            output.failed = [(int(rows[i]), reason) for i, reason in chosen.failed]
-            states.fail(slots[[row for row, _ in output.failed]])
+            failed = [(int(rows[i]), reason) for i, reason in chosen.failed]
+            states.fail(slots[[row for row, _ in failed]])
+            output.failed += failed
         if chosen.logprobs is not None:
             chosen.logprobs.rows = rows[chosen.logprobs.rows].astype(np.int32)
             output.logprobs = chosen.logprobs
@@ -158,10 +168,12 @@ class ModelRunner:
         alive = rows[chosen.token_ids >= 0] if chosen.failed else rows
         output.finish[alive] = states.append(slots[alive], output.token_ids[alive])
 
-    def _prompt_logprobs(self, step: SchedulerOutput, batch: InputBatch, hidden: Tensor) -> list[PromptLogprobs]:
-        """Values of the prompt tokens that follow this step's positions, for the requests that asked."""
+    def _add_prompt_logprobs(
+        self, step: SchedulerOutput, batch: InputBatch, hidden: Tensor, output: ModelRunnerOutput
+    ) -> None:
+        """Values of the prompt tokens that follow this step's positions, for the requests that asked. One whose
+        computation raises fails alone."""
         states = self._states
-        found = []
         for row in np.flatnonzero(np.isin(step.slots, list(states.prompt_logprobs))).tolist():
             slot = int(step.slots[row])
             num_top = states.prompt_logprobs[slot]
@@ -172,14 +184,28 @@ class ModelRunner:
             if count <= 0:
                 continue
             begin = int(batch.query_start_loc_np[row])
-            parts = []
-            for offset in range(0, count, PROMPT_LOGPROB_ROWS):
-                size = min(PROMPT_LOGPROB_ROWS, count - offset)
-                logits = self._model.logits(hidden[begin + offset : begin + offset + size])
-                next_ids = states.hist[slot, first + offset + 1 : first + offset + size + 1]
-                parts.append(gather_prompt_logprobs(logits, next_ids, num_top))
-            found.append(join_prompt_logprobs(row, first + 1, parts))
-        return found
+            next_ids = states.hist[slot, first + 1 : first + count + 1]
+            try:
+                parts = self._prompt_logprobs(hidden[begin : begin + count], next_ids, num_top)
+            except torch.AcceleratorError:
+                raise
+            except Exception:
+                log.exception("prompt logprobs for slot %d failed; its request fails with them", slot)
+                output.failed.append((row, Reason.INTERNAL))
+                states.fail(step.slots[[row]])
+                states.prompt_logprobs.pop(slot, None)
+            else:
+                output.prompt_logprobs.append(join_prompt_logprobs(row, first + 1, parts))
+
+    def _prompt_logprobs(
+        self, hidden: Tensor, next_ids: Int32s, num_top: int
+    ) -> list[tuple[Float32s, Int32s, Int32s, Float32s]]:
+        """In parts: hidden [T, E] of consecutive positions, next_ids [T]."""
+        parts = []
+        for start in range(0, len(next_ids), PROMPT_LOGPROB_ROWS):
+            part = slice(start, start + PROMPT_LOGPROB_ROWS)
+            parts.append(gather_prompt_logprobs(self._model.logits(hidden[part]), next_ids[part], num_top))
+        return parts
 
     def _warm_up(self, num_tokens: int) -> None:
         """A prompt and a token, so that libraries are loaded and buffers exist; also that the weights make sense."""

@@ -26,7 +26,7 @@ class _Stream:
     step: int = 0
     """Where the generator stands."""
     states: dict[int, Tensor] = field(default_factory=dict)
-    """The generator's state before each step from the slowest row's to `step`; unused with one row."""
+    """The generator's state before each step, from the last one of the slowest row, which may ask again, to `step`."""
     blocks: dict[int, Tensor] = field(default_factory=dict)
     """The fills that were used last, by step: siblings are one step apart, since they fork one step late; unused with
     one row."""
@@ -58,7 +58,7 @@ class Noise:
     def exponentials(self, group_id: int, row: int, step: int, token_ids: Tensor | None = None) -> Tensor:
         """Numbers of one row at one step: float32 [V], or [K] those of `token_ids` (int64 [K]).
 
-        `step` counts the tokens of the sequence that were sampled before.
+        `step` counts the tokens of the sequence that were sampled before. A row may ask for its last step again.
         """
         words = self._fill_of(self._streams[group_id], row, step)[row]
         if token_ids is not None:
@@ -69,23 +69,20 @@ class Noise:
 
     def _fill_of(self, stream: _Stream, row: int, step: int) -> Tensor:
         num_rows = len(stream.row_steps)
-        assert step >= stream.row_steps[row], "a row asked for a step again"
+        assert step >= stream.row_steps[row] - 1, "a row asked for a step before its last"
         stream.row_steps[row] = step + 1
-        if num_rows == 1:
-            self._skip_to(stream, step, keep_states=False)
-            stream.step += 1
-            return self._draw(stream.generator, 1)
         block = stream.blocks.pop(step, None)
         if block is None and step >= stream.step:
-            self._skip_to(stream, step, keep_states=True)
+            self._skip_to(stream, step, keep_states=num_rows > 1)
             stream.states[step] = stream.generator.get_state()
             block = self._draw(stream.generator, num_rows)
             stream.step = step + 1
         elif block is None:
             block = self._redraw(stream, step)
-        stream.blocks[step] = block
-        if len(stream.blocks) > KEPT_FILLS:
-            del stream.blocks[next(iter(stream.blocks))]
+        if num_rows > 1:
+            stream.blocks[step] = block
+            if len(stream.blocks) > KEPT_FILLS:
+                del stream.blocks[next(iter(stream.blocks))]
         self._forget(stream)
         return block
 
@@ -98,7 +95,7 @@ class Noise:
             stream.step += 1
 
     def _redraw(self, stream: _Stream, step: int) -> Tensor:
-        """The fill of an earlier step, for a row that fell behind."""
+        """The fill of an earlier step, for a row that fell behind or asks again."""
         newest = stream.generator.get_state()
         stream.generator.set_state(stream.states[step])
         block = self._draw(stream.generator, len(stream.row_steps))
@@ -107,9 +104,9 @@ class Noise:
 
     @staticmethod
     def _forget(stream: _Stream) -> None:
-        """Drops the states before the slowest row; they are in order of steps."""
-        slowest = min(stream.row_steps)
-        while stream.states and (first := next(iter(stream.states))) < slowest:
+        """Drops the states before the slowest row's last step; they are in order of steps."""
+        oldest = min(stream.row_steps) - 1
+        while stream.states and (first := next(iter(stream.states))) < oldest:
             del stream.states[first]
 
     def row_ended(self, group_id: int, row: int) -> None:

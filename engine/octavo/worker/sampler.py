@@ -7,6 +7,7 @@ generate(). Rows that use a feature are worked on together; a batch of plain gre
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 
@@ -19,10 +20,12 @@ from octavo.errors import Reason
 from octavo.step import Bools, Int32s, LogprobRows
 from octavo.worker.features import FILTERS, PROCESSORS, RANKED, Feature
 from octavo.worker.logits import process_logits
-from octavo.worker.logprobs import RAW, gather_logprobs
+from octavo.worker.logprobs import RAW, gather_logprobs, join_logprob_rows
 from octavo.worker.noise import Noise
 from octavo.worker.request_states import WHOLE_VOCABULARY, WINDOWS, Float32s, Int64s, RequestStates
 from octavo.worker.warpers import filter_scores, keep_interval, largest, ranked_interval, scale, spills
+
+log = logging.getLogger(__name__)
 
 Features = npt.NDArray[np.uint32]
 
@@ -44,12 +47,45 @@ class Sampler:
         self._noise = noise
 
     def sample(self, logits: Tensor, slots: Int32s) -> SamplerOutput:
-        """Chooses one token for each row.
+        """Chooses one token for each row. A row whose computation raises fails alone, with INTERNAL.
 
         Args:
             logits: [S, V] in the model's dtype; not changed.
             slots: int32 [S] the rows' requests.
+
+        Raises:
+            torch.AcceleratorError: the device is at fault, not a row.
         """
+        try:
+            return self._sample(logits, slots)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            log.exception("sampling %d rows together failed; each is tried alone", len(slots))
+        parts = [self._sample_alone(logits[row : row + 1], slots[row : row + 1]) for row in range(len(slots))]
+        for row, part in enumerate(parts):
+            part.failed = [(row, reason) for _, reason in part.failed]
+            if part.logprobs is not None:
+                part.logprobs.rows += row
+        logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+        return SamplerOutput(
+            np.concatenate([part.token_ids for part in parts]),
+            join_logprob_rows(logprobs) if logprobs else None,
+            [failure for part in parts for failure in part.failed],
+        )
+
+    def _sample_alone(self, logits: Tensor, slots: Int32s) -> SamplerOutput:
+        """As `_sample`, of one row that fails if it raises."""
+        try:
+            return self._sample(logits, slots)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            log.exception("sampling for slot %d failed; its request fails with it", slots[0])
+            return SamplerOutput(np.full(1, -1, np.int32), failed=[(0, Reason.INTERNAL)])
+
+    def _sample(self, logits: Tensor, slots: Int32s) -> SamplerOutput:
+        """Changes nothing but the random streams, which may be asked for the same step again."""
         features = self._states.sampling.features[slots]
         used = int(np.bitwise_or.reduce(features))
         scores = logits.float()
