@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import torch
+from octavo_kernels.cpu.linear import LinearKind, choose_kind
 
 from octavo.checkpoint import ModelSpec
 from octavo.config import EngineConfig, ModelConfig
@@ -30,14 +31,30 @@ def choose_dtype(config: ModelConfig, spec: ModelSpec, device: torch.device) -> 
     """The dtype of weights, activations and cache. Raises StartupError (USAGE)."""
     name = config.dtype
     if name == "auto":
-        name = spec.dtype or spec.torch_dtype or "float32"
-        dtype = DTYPES.get(name, torch.float32)
+        dtype = _stored_dtype(spec)
         return torch.bfloat16 if device.type == "cpu" and dtype is torch.float16 else dtype
     if name not in DTYPES:
         raise StartupError(StartupError.USAGE, f"dtype {name!r}: must be auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type == "cpu":
         raise StartupError(StartupError.USAGE, "dtype float16: not on the CPU; bfloat16 is as small, and fast there")
     return DTYPES[name]
+
+
+def choose_load_dtype(config: ModelConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a model of `dtype` gets its weights.
+
+    A CPU turns an fp16 checkpoint into a bfloat16 model; where that keeps 16-bit weights as fp16, or quantizes them,
+    they need not lose bits on the way.
+    """
+    if device.type != "cpu" or config.dtype != "auto" or _stored_dtype(spec) is not torch.float16:
+        return dtype
+    kind = choose_kind(dtype, config.quantization)
+    return torch.float16 if kind in (LinearKind.FP16, LinearKind.INT8) else dtype
+
+
+def _stored_dtype(spec: ModelSpec) -> torch.dtype:
+    """As config.json says."""
+    return DTYPES.get(spec.dtype or spec.torch_dtype or "float32", torch.float32)
 
 
 def resolve_budget(config: EngineConfig, device: torch.device) -> EngineConfig:

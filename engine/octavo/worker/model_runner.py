@@ -16,7 +16,7 @@ from octavo.config import EngineConfig
 from octavo.errors import Reason, StartupError
 from octavo.step import Int32s, ModelRunnerOutput, NewRequest, SchedulerOutput
 from octavo.types import EngineInfo, GenerationParams
-from octavo.worker.device import choose_device, choose_dtype, describe_device, resolve_budget
+from octavo.worker.device import choose_device, choose_dtype, choose_load_dtype, describe_device, resolve_budget
 from octavo.worker.gpt2 import GPT2
 from octavo.worker.input_batch import InputBatch, InputBatchBuilder
 from octavo.worker.kv_cache import KVCache, num_blocks_that_fit
@@ -70,7 +70,8 @@ class ModelRunner:
             torch.set_num_threads(config.model.num_threads)
         if device.type == "cpu":  # what cannot work is said before the weights are read; a GPU's memory is known after
             _num_blocks(config, spec, device, dtype)
-        weights = load_weights(path, spec, device=device, dtype=dtype, progress=progress)
+        load_dtype = choose_load_dtype(config.model, spec, device, dtype)
+        weights = load_weights(path, spec, device=device, dtype=load_dtype, progress=progress)
         source = FrugalWeights(weights.tensors)
         self._model = GPT2(spec, source, device=device, dtype=dtype, quantization=config.model.quantization)
         give_back_heap()
