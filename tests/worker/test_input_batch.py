@@ -1,8 +1,11 @@
 """How a batch's arrays travel to a device."""
 
 import numpy as np
+import pytest
 import torch
-from octavo.worker.input_batch import pack, unpack, upload
+from octavo.step import SchedulerOutput
+from octavo.worker.input_batch import InputBatchBuilder, pack, unpack, upload
+from octavo.worker.request_states import RequestStates
 
 
 def test_packed_arrays_come_out_as_they_went_in():
@@ -25,3 +28,11 @@ def test_upload_to_the_cpu_copies_nothing():
     (tensor,) = upload([array], torch.device("cpu"))
     array[0] = 9
     assert tensor.tolist() == [9, 1, 2]
+
+
+@pytest.mark.parametrize(("lengths", "expected"), [([1, 1, 1], 3), ([1, 1, 5, 1], 2), ([5, 1], 0)])
+def test_rows_of_one_token_count_as_decode_rows_though_they_prefill(lengths, expected):
+    rows = np.arange(len(lengths), dtype=np.int32)
+    step = SchedulerOutput(1, rows, 0 * rows, np.array(lengths, np.int32), rows < 0, num_decode_rows=min(expected, 1))
+    builder = InputBatchBuilder(RequestStates(4, 64, 16, 99), torch.device("cpu"))
+    assert builder.build(step, np.empty(0, np.int64)).num_decode_rows == expected
