@@ -81,7 +81,7 @@ async def main() -> int:
 
 @contextlib.asynccontextmanager
 async def server(model: str, flags: list[str]) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """A server of its own on a free port; killed if it is still there at the end."""
+    """A server of its own on a free port; stopped if it is still there at the end, so that nothing of it is left."""
     address = f"127.0.0.1:{free_port()}"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "octavo.cli", "serve", model, "--address", address, *flags
@@ -89,6 +89,13 @@ async def server(model: str, flags: list[str]) -> AsyncIterator[tuple[asyncio.su
     try:
         yield process, address
     finally:
+        if process.returncode is None:
+            for number in (signal.SIGTERM, signal.SIGTERM):  # the second one: at once
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(number)
+                await asyncio.sleep(0.2)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), 5)
         if process.returncode is None:
             process.kill()
             await process.wait()

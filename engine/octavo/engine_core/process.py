@@ -85,8 +85,7 @@ class CoreProcess:
         gc.freeze()  # what loading made stays for good: later collections need not look at it
         self._channel.send(CoreReady(core.info))
         self._loop(core)
-        core.close()
-        return 0
+        return 0  # not closed: the heartbeat still asks for its progress, and the end of the process frees everything
 
     def _build(self, start: StartCore) -> EngineCore:
         from octavo.engine_core.engine_core import EngineCore  # imports torch: seconds
