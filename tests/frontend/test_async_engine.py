@@ -390,6 +390,15 @@ async def test_a_flood_of_tokenizer_rpcs_is_bounded_and_holds_up_no_request() ->
     engine.close()
 
 
+async def test_an_idle_engine_is_idle_without_any_time() -> None:
+    engine = make()
+    assert await engine.wait_idle(0.0)
+    handle = await engine.submit(request(), streaming=True)
+    assert not await engine.wait_idle(0.0)
+    handle.close()
+    assert await engine.wait_idle(0.0)
+
+
 async def test_tokenize_is_what_generate_would_do_and_detokenize_its_inverse() -> None:
     engine = make()
     texts = ["I met a traveller", "", "<|endoftext|>"]

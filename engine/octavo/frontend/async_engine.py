@@ -238,6 +238,8 @@ class AsyncEngine:
 
     async def wait_idle(self, timeout: float | None) -> bool:
         """Waits until nothing is in flight; False if that took longer than `timeout` seconds."""
+        if self._idle.is_set():  # wait_for would not look with a timeout of 0
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
         except TimeoutError:
