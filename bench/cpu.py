@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "bench"
 WARM_UP_TOKENS = (2, 8)
 LARGEST_TOKEN = 50_000
+DISTURBED = 0.2
+"""Cores that others may use during a turn before it is taken again."""
 TARGETS = {("octavo", "vllm", 1): 1.25, ("octavo", "vllm", 16): 1.0}
 TARGETS |= {(f"octavo-{mode}", "octavo", 16): 0.9 for mode in ("stream", "unary", "batch", "session")}
 """(first, second, batch) -> least ratio that octavo is meant to have."""
@@ -100,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender at each batch size")
     parser.add_argument("--quick", action="store_true", help="2 turns at batch 1 and 16")
     parser.add_argument("--cell-seconds", type=float, default=25.0, help="who needs more takes fewer turns")
+    parser.add_argument("--retakes", type=int, default=1, help="of a turn during which others used the CPU")
     parser.add_argument("--threads", type=int, default=0, help="OpenMP threads of each; 0: each system's own choice")
     parser.add_argument("--shape", default="gpt2", help="tiny, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
     parser.add_argument("--prompt-tokens", type=int, default=11)
@@ -209,13 +212,20 @@ def warmed_up(options: argparse.Namespace, name: str, entry: Entry, batch: int) 
 
 
 def take_turn(options: argparse.Namespace, cell: Cell, entry: Entry, prompts: list[list[int]]) -> list[list[int]]:
-    busy, own, begin = environment.busy_seconds(), entry.worker.cpu_seconds(), time.perf_counter()
-    seconds, token_ids = entry.worker.run(prompts, options.new_tokens, entry.contender.mode)
-    busy, own = environment.busy_seconds() - busy, entry.worker.cpu_seconds() - own
-    if [len(ids) for ids in token_ids] != [options.new_tokens] * len(prompts):
-        raise WorkerError("answered with another number of tokens than asked for")
+    """One batch; again, at most --retakes times, while others take the CPU away: the least disturbed one counts."""
+    attempts = []
+    for _ in range(options.retakes + 1):
+        busy, own, begin = environment.busy_seconds(), entry.worker.cpu_seconds(), time.perf_counter()
+        seconds, token_ids = entry.worker.run(prompts, options.new_tokens, entry.contender.mode)
+        busy, own = environment.busy_seconds() - busy, entry.worker.cpu_seconds() - own
+        if [len(ids) for ids in token_ids] != [options.new_tokens] * len(prompts):
+            raise WorkerError("answered with another number of tokens than asked for")
+        attempts.append((max(0.0, busy - own) / (time.perf_counter() - begin), seconds))
+        if attempts[-1][0] <= DISTURBED:
+            break
+    others, seconds = min(attempts)
     cell.seconds.append(seconds)
-    cell.others.append(max(0.0, busy - own) / (time.perf_counter() - begin))
+    cell.others.append(others)
     return token_ids
 
 
