@@ -1,6 +1,6 @@
 """octavo's CPU path beside transformers, vLLM and CTranslate2: tokens per second, in process and over gRPC, in one run.
 
-    python bench/cpu.py                                     # everything that is installed; about 10 minutes
+    python bench/cpu.py                                     # everything that is installed; about 12 minutes
     python bench/cpu.py --contenders octavo,vllm --batches 1,16
     python bench/cpu.py --contenders octavo@1,octavo@2      # the same system with 1 and with 2 threads
 
@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=[1, 4, 16, 64], metavar="N,M,...")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender at each batch size")
     parser.add_argument("--quick", action="store_true", help="2 turns at batch 1 and 16")
-    parser.add_argument("--cell-seconds", type=float, default=25.0, help="who needs more takes fewer turns")
+    parser.add_argument("--cell-seconds", type=float, default=20.0, help="who needs more takes fewer turns")
     parser.add_argument("--retakes", type=int, default=1, help="of a turn during which others used the CPU")
     parser.add_argument("--threads", type=int, default=0, help="OpenMP threads of each; 0: each system's own choice")
     parser.add_argument("--shape", default="gpt2", help="tiny, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
@@ -190,7 +190,8 @@ def measure(options: argparse.Namespace, entries: dict[str, Entry], absent: dict
                     except WorkerError as error:
                         absent[name] = str(error)
             rates = ", ".join(f"{name} {row[name].rates[-1]:.0f}" for name in row if name in answers)
-            print(f"batch {batch}, turn {turn + 1}, tokens/s: {rates}", flush=True)
+            if rates:
+                print(f"batch {batch}, turn {turn + 1}, tokens/s: {rates}", flush=True)
             for name, answer in answers.items():
                 if "transformers" in answers and name != "transformers":
                     row[name].agreement.append(agreement(answer, answers["transformers"]))
@@ -205,8 +206,10 @@ def warmed_up(options: argparse.Namespace, name: str, entry: Entry, batch: int) 
     prompts = random_prompts(options, batch, -1)
     few, more = WARM_UP_TOKENS
     first, _ = entry.worker.run(prompts, few, entry.contender.mode)
-    second, _ = entry.worker.run(prompts, more, entry.contender.mode)
-    expected = second + max(0.0, second - first) / (more - few) * (options.new_tokens - more)
+    expected = first / (few + 1) * options.new_tokens  # a prompt costs about as much as a token
+    if first < options.cell_seconds / 4:
+        second, _ = entry.worker.run(prompts, more, entry.contender.mode)
+        expected = second + max(0.0, second - first) / (more - few) * (options.new_tokens - more)
     repeats = min(options.repeats, round(options.cell_seconds / expected))
     return Cell(name, batch, options.new_tokens, repeats, batch * options.new_tokens / expected)
 
