@@ -17,7 +17,7 @@ import signal
 import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 
@@ -228,7 +228,9 @@ async def _run(fd: int) -> int:
     if not isinstance(start, StartFrontend):
         return 1
     try:
-        return await FrontendProcess(channel, start).run()
+        # Ends here and not through the runner, which would cancel the calls still running: their clients, who cancelled
+        # nothing, would see CANCELLED instead of a closed connection.
+        _exit_now(await FrontendProcess(channel, start).run())
     except StartupError as error:
         channel.send(StartFailed(error.exit_code, str(error)))
         await channel.flush()
@@ -251,6 +253,10 @@ def main() -> None:
     except BaseException:
         logger.critical("the front-end failed", exc_info=True)
         status = 1
+    _exit_now(status)
+
+
+def _exit_now(status: int) -> NoReturn:
     log.flush()
     os._exit(status)  # gRPC's threads may still have something to do; nobody waits for it
 
