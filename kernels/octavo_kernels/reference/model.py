@@ -1,7 +1,7 @@
-"""The specification: every op of the model in plain torch, on any device.
+"""The specification of the forward pass.
 
-Each docstring states shapes, types and strides; faster versions (`cpu/`, later Triton) must give the same numbers.
-These are also what runs on a GPU until its own kernels exist.
+Each docstring states shapes, types and strides; faster versions (the Triton kernels, `cpu/`) must give the same
+numbers.
 
 Names of sizes: T tokens in R rows, E = n_embd, H heads of D numbers (E = H * D), N blocks of S slots.
 A layer's cache is [2, N, H, S, D], keys then values, contiguous.

@@ -1,0 +1,26 @@
+"""The specification: every op in plain torch, on any device, what the kernels are tested and measured against.
+
+`model` has the ops of the forward pass, `inputs` what prepares a step, `history` and `sampling` the choice of tokens.
+"""
+
+from octavo_kernels.reference.model import (
+    ATTENTION_WORKSPACE,
+    attention_bytes,
+    copy_blocks,
+    embed,
+    kv_write,
+    layer_norm,
+    linear,
+    paged_attention,
+)
+
+__all__ = [
+    "ATTENTION_WORKSPACE",
+    "attention_bytes",
+    "copy_blocks",
+    "embed",
+    "kv_write",
+    "layer_norm",
+    "linear",
+    "paged_attention",
+]
