@@ -35,7 +35,7 @@ FLAGS: Final[dict[str, tuple[str, ...]]] = {
 """Fields whose flags are not just their names."""
 
 _CHOICES: Final[dict[str, list[Any]]] = {
-    "device": ["auto", "cpu", "cuda"],
+    "device": ["auto", "cpu", "cuda", "interpreter"],
     "dtype": ["auto", "float32", "bfloat16", "float16"],
     "quantization": ["int8"],
     "block_size": [16, 32, 64],

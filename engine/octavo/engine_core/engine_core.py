@@ -170,10 +170,10 @@ class EngineCore:
 
 
 def _load_runner(config: EngineConfig, progress: Callable[[str], None]) -> Runner:
-    from octavo.worker.model_runner import ModelRunner
+    from octavo.worker.runner import load_runner
 
     try:
-        return ModelRunner(config, progress)
+        return load_runner(config, progress)
     except (RuntimeError, MemoryError) as error:  # torch's errors about memory, drivers and kernels
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise StartupError(StartupError.DEVICE, f"the device cannot run the model: {cause}") from error

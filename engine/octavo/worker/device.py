@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import msgspec
 import torch
 from octavo_kernels.cpu.linear import LinearKind, choose_kind
@@ -14,22 +17,41 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `--device`: "auto", "cpu" or "cuda". Raises StartupError (DEVICE, USAGE)."""
+    """The device of `--device`: "auto", "cpu", "cuda" or "interpreter" (the kernels, on the CPU). Raises StartupError
+    (DEVICE, USAGE)."""
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
+    if name == "interpreter":
+        _interpret_kernels()
+    if name in ("cpu", "interpreter"):
         return torch.device("cpu")
     if name != "cuda":
-        raise StartupError(StartupError.USAGE, f'device {name!r}: must be "auto", "cpu" or "cuda"')
+        raise StartupError(StartupError.USAGE, f'device {name!r}: must be "auto", "cpu", "cuda" or "interpreter"')
     if torch.cuda.is_available():
         return torch.device("cuda:0")
     cause = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU or no driver"
     raise StartupError(StartupError.DEVICE, f"device cuda: {cause}; --device cpu, or auto, runs on the CPU")
 
 
+def _interpret_kernels() -> None:
+    """Makes Triton run kernels in its interpreter, which it decides when it is imported. Raises StartupError."""
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise StartupError(StartupError.USAGE, "device interpreter: Triton has been imported to compile in this process")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def uses_kernels(name: str, device: torch.device) -> bool:
+    """Whether the model runs on the Triton kernels. name: of `--device`."""
+    return device.type == "cuda" or name == "interpreter"
+
+
 def choose_dtype(config: ModelConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
     """The dtype of weights, activations and cache. Raises StartupError (USAGE)."""
     name = config.dtype
+    if config.device == "interpreter":
+        if name not in ("auto", "float32"):
+            raise StartupError(StartupError.USAGE, f"dtype {name}: the interpreter computes in float32 only")
+        return torch.float32
     if name == "auto":
         dtype = _stored_dtype(spec)
         return torch.bfloat16 if device.type == "cpu" and dtype is torch.float16 else dtype
@@ -46,7 +68,7 @@ def choose_load_dtype(config: ModelConfig, spec: ModelSpec, device: torch.device
     A CPU turns an fp16 checkpoint into a bfloat16 model; where that keeps 16-bit weights as fp16, or quantizes them,
     they need not lose bits on the way.
     """
-    if device.type != "cpu" or config.dtype != "auto" or _stored_dtype(spec) is not torch.float16:
+    if uses_kernels(config.device, device) or config.dtype != "auto" or _stored_dtype(spec) is not torch.float16:
         return dtype
     kind = choose_kind(dtype, config.quantization)
     return torch.float16 if kind in (LinearKind.FP16, LinearKind.INT8) else dtype
@@ -68,6 +90,8 @@ def resolve_budget(config: EngineConfig, device: torch.device) -> EngineConfig:
     return msgspec.structs.replace(config, scheduler=scheduler)
 
 
-def describe_device(device: torch.device) -> str:
-    """ "cpu", or "cuda:0 (NVIDIA H100 ...)"."""
-    return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+def describe_device(device: torch.device, name: str) -> str:
+    """ "cpu", "cpu (interpreter)" or "cuda:0 (NVIDIA H100 ...)". name: of `--device`."""
+    if device.type == "cpu":
+        return "cpu (interpreter)" if name == "interpreter" else "cpu"
+    return f"{device} ({torch.cuda.get_device_name(device)})"

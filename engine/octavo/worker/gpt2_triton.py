@@ -1,0 +1,206 @@
+"""GPT-2 on the Triton kernels: the same equations as `gpt2.py`, in seven launches per layer.
+
+norm (with the residual that came before it), qkv, attention (decode rows also write their keys and values), proj,
+norm, fc with its activation, proj. The residual stream is added where it is normalised next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from octavo_kernels.activations import ACTIVATIONS
+from octavo_kernels.embed import embed
+from octavo_kernels.kv_write import kv_write
+from octavo_kernels.linear import linear
+from octavo_kernels.norm import add_layer_norm, layer_norm
+from octavo_kernels.paged_attention import AttentionWorkspace, decode_attention, prefill_attention, prefill_tiles
+from torch import Tensor
+
+from octavo.checkpoint import ModelSpec
+from octavo.errors import StartupError
+from octavo.worker.gpt2 import WeightSource
+from octavo.worker.kv_cache import KVCache
+
+COLUMN_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this, so that rows of logits are read 16 bytes at a time."""
+
+Int32s = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A linear layer, or a layer norm."""
+
+    weight: Tensor
+    """[out, in], or [E]"""
+    bias: Tensor
+    """[out], or [E]"""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    ln_1: Affine
+    c_attn: Affine
+    attn_proj: Affine
+    ln_2: Affine
+    c_fc: Affine
+    mlp_proj: Affine
+    attn_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """T tokens in R rows on the device; decode rows (one token each) come first."""
+
+    input_ids: Tensor
+    """int32 [T]"""
+    positions: Tensor
+    """int32 [T]"""
+    slot_mapping: Tensor
+    """int64 [T] cache slots; -1: not written."""
+    query_start_loc: Tensor
+    """int32 [R + 1]"""
+    seq_lens: Tensor
+    """int32 [R] context with this step's tokens; 0: a row that is muted."""
+    block_tables: Tensor
+    """int32 [R, B]"""
+    num_decode_rows: int
+    tile_rows: Tensor | None = None
+    """int32 tiles of the other rows' queries, see `prefill_tiles`; None: there are none."""
+    tile_starts: Tensor | None = None
+
+
+class TritonGPT2:
+    """Weights ready for use, and the scratch memory of attention. Holds no state of requests."""
+
+    def __init__(self, spec: ModelSpec, weights: WeightSource, *, device: torch.device, dtype: torch.dtype) -> None:
+        """As `gpt2.GPT2`."""
+        if spec.activation_function not in ACTIVATIONS:
+            raise StartupError(
+                StartupError.CHECKPOINT,
+                f"config.json: activation_function {spec.activation_function!r} is not one of {', '.join(ACTIVATIONS)}",
+            )
+        self.spec = spec
+        self.device = device
+        self.dtype = dtype
+        self.num_layers_computed = 0
+        """Launched since the start: tells a slow step from one that hangs."""
+        self._wte = self._padded(weights.pop("wte.weight"))
+        self._wpe = weights.pop("wpe.weight").to(device, dtype)
+        self._blocks = [self._block(weights, layer) for layer in range(spec.n_layer)]
+        self._ln_f = self._affine(weights, "ln_f")
+        tied = "lm_head.weight" not in weights
+        self._lm_head = self._wte if tied else self._padded(weights.pop("lm_head.weight"))
+        self._workspace: AttentionWorkspace | None = None
+
+    @property
+    def attention_backend(self) -> str:
+        """For EngineInfo."""
+        return "triton"
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the logits: vocab_size and the padding."""
+        return self._lm_head.shape[0]
+
+    def reserve(self, max_rows: int) -> None:
+        """Allocates what decode rows need, for at most max_rows of them."""
+        spec = self.spec
+        self._workspace = AttentionWorkspace.allocate(
+            max_rows, spec.n_head, spec.head_size, spec.n_positions, self.device
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: DeviceBatch, kv_cache: KVCache) -> Tensor:
+        """Computes all tokens of the batch; their keys and values are in the cache afterwards.
+
+        Returns hidden states after ln_f, `dtype` [T, E].
+        """
+        eps = self.spec.layer_norm_epsilon
+        hidden = torch.empty(len(batch.input_ids), self.spec.n_embd, dtype=self.dtype, device=self.device)
+        embed(batch.input_ids, batch.positions, self._wte, self._wpe, hidden)
+        normed = torch.empty_like(hidden)
+        first = self._blocks[0].ln_1
+        layer_norm(hidden, first.weight, first.bias, eps, normed)
+        next_norms = [block.ln_1 for block in self._blocks[1:]] + [self._ln_f]
+        for block, layer_cache, next_norm in zip(self._blocks, kv_cache.data, next_norms, strict=True):
+            qkv = linear(normed, block.c_attn.weight, block.c_attn.bias)
+            attended = self._attend(batch, qkv, layer_cache, block.attn_scale)
+            delta = linear(attended, block.attn_proj.weight, block.attn_proj.bias)
+            add_layer_norm(hidden, delta, block.ln_2.weight, block.ln_2.bias, eps, normed)
+            inner = linear(normed, block.c_fc.weight, block.c_fc.bias, activation=self.spec.activation_function)
+            delta = linear(inner, block.mlp_proj.weight, block.mlp_proj.bias)
+            add_layer_norm(hidden, delta, next_norm.weight, next_norm.bias, eps, normed)
+            self.num_layers_computed += 1
+        return normed
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, E] after ln_f. Returns [rows, num_columns]; columns past vocab_size do not count."""
+        return linear(hidden, self._lm_head, None)
+
+    def _attend(self, batch: DeviceBatch, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
+        assert self._workspace is not None, "reserve was not called"
+        out = torch.empty(qkv.shape[0], self.spec.n_embd, dtype=qkv.dtype, device=qkv.device)
+        decodes, upcast = batch.num_decode_rows, self.spec.reorder_and_upcast_attn
+        if batch.tile_rows is not None and batch.tile_starts is not None:
+            kv_write(qkv[decodes:], layer_cache, batch.slot_mapping[decodes:])
+            prefill_attention(
+                qkv,
+                layer_cache,
+                batch.block_tables,
+                batch.query_start_loc,
+                batch.seq_lens,
+                batch.tile_rows,
+                batch.tile_starts,
+                out,
+                scale=scale,
+                upcast=upcast,
+            )
+        if decodes:
+            decode_attention(
+                qkv[:decodes],
+                layer_cache,
+                batch.block_tables[:decodes],
+                batch.seq_lens[:decodes],
+                out[:decodes],
+                self._workspace,
+                scale=scale,
+                upcast=upcast,
+            )
+        return out
+
+    def _block(self, weights: WeightSource, layer: int) -> Block:
+        spec, name = self.spec, f"h.{layer}"
+        scale = spec.head_size**-0.5 if spec.scale_attn_weights else 1.0
+        if spec.scale_attn_by_inverse_layer_idx:
+            scale /= layer + 1
+        return Block(
+            ln_1=self._affine(weights, f"{name}.ln_1"),
+            c_attn=self._affine(weights, f"{name}.attn.c_attn"),
+            attn_proj=self._affine(weights, f"{name}.attn.c_proj"),
+            ln_2=self._affine(weights, f"{name}.ln_2"),
+            c_fc=self._affine(weights, f"{name}.mlp.c_fc"),
+            mlp_proj=self._affine(weights, f"{name}.mlp.c_proj"),
+            attn_scale=scale,
+        )
+
+    def _affine(self, weights: WeightSource, name: str) -> Affine:
+        weight = weights.pop(f"{name}.weight").to(self.device, self.dtype).t().contiguous()
+        return Affine(weight, weights.pop(f"{name}.bias").to(self.device, self.dtype))
+
+    def _padded(self, embedding: Tensor) -> Tensor:
+        """[vocab_size, E] with rows of zeros up to a multiple of COLUMN_MULTIPLE."""
+        rows = -(-embedding.shape[0] // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        padded = torch.zeros(rows, embedding.shape[1], dtype=self.dtype, device=self.device)
+        padded[: embedding.shape[0]] = embedding
+        return padded
+
+
+def tiles_of(query_start_loc: Int32s, num_decode_rows: int) -> tuple[Int32s, Int32s]:
+    """(tile_rows, tile_starts) of the rows from num_decode_rows on, for `DeviceBatch`."""
+    rows, starts = prefill_tiles(query_start_loc, num_decode_rows)
+    return rows, starts

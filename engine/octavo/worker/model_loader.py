@@ -1,0 +1,151 @@
+"""From a checkpoint's folder to a model with its cache on a device: what every runner begins with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.checkpoint import ModelSpec, read_spec
+from octavo.config import EngineConfig
+from octavo.errors import StartupError
+from octavo.types import EngineInfo
+from octavo.worker.device import (
+    choose_device,
+    choose_dtype,
+    choose_load_dtype,
+    describe_device,
+    resolve_budget,
+    uses_kernels,
+)
+from octavo.worker.gpt2 import GPT2
+from octavo.worker.kv_cache import KVCache, num_blocks_that_fit
+from octavo.worker.memory import FrugalWeights, give_back_heap
+from octavo.worker.weights import load_weights
+
+
+class Model(Protocol):
+    """What a runner needs of a model beside its forward pass."""
+
+    num_layers_computed: int
+    """Since the start."""
+
+    @property
+    def attention_backend(self) -> str: ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, E] after ln_f. Returns [rows, V], or more columns than V, which do not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    config: EngineConfig
+    """With what was left to the device filled in."""
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    model: Model
+    kv_cache: KVCache
+    weights_sha256: str
+    num_parameters: int
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv_cache.num_blocks
+
+    def info(self) -> EngineInfo:
+        """To be called when the engine is ready: it holds the time."""
+        config = self.config
+        return EngineInfo(
+            model=config.model.name,
+            architecture="GPT2LMHeadModel",
+            weights_sha256=self.weights_sha256,
+            dtype=_name(self.dtype),
+            device=describe_device(self.device, config.model.device),
+            attention_backend=self.model.attention_backend,
+            kv_cache_dtype=_name(self.kv_cache.dtype),
+            num_parameters=self.num_parameters,
+            vocab_size=self.spec.vocab_size,
+            n_positions=self.spec.n_positions,
+            block_size=config.cache.block_size,
+            num_blocks=self.num_blocks,
+            max_num_requests=config.scheduler.max_num_requests,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=_max_model_len(config, self.spec),
+            batch_invariant=False,
+            start_time=time.time(),
+        )
+
+
+def load_model(config: EngineConfig, progress: Callable[[str], None]) -> LoadedModel:
+    """Loads the weights and allocates the cache. Raises StartupError.
+
+    Args:
+        progress: told of each stage, one line for people.
+    """
+    path = Path(config.model.path)
+    spec = read_spec(path)
+    device = choose_device(config.model.device)
+    config = resolve_budget(config, device)
+    dtype = choose_dtype(config.model, spec, device)
+    progress(f"device: {describe_device(device, config.model.device)}, dtype {_name(dtype)}")
+    if config.model.num_threads:
+        torch.set_num_threads(config.model.num_threads)
+    if device.type == "cpu":  # what cannot work is said before the weights are read; a GPU's memory is known after
+        _num_blocks(config, spec, device, dtype)
+    load_dtype = choose_load_dtype(config.model, spec, device, dtype)
+    weights = load_weights(path, spec, device=device, dtype=load_dtype, progress=progress)
+    model = _make_model(config, spec, FrugalWeights(weights.tensors), device, dtype)
+    give_back_heap()
+    num_blocks = _num_blocks(config, spec, device, dtype)
+    kv_cache = KVCache(spec, num_blocks, config.cache.block_size, dtype=dtype, device=device)
+    progress(f"KV-cache: {num_blocks} blocks of {config.cache.block_size} tokens")
+    loaded = LoadedModel(config, spec, device, dtype, model, kv_cache, weights.sha256, weights.num_parameters)
+    weights.tensors.close()
+    return loaded
+
+
+def _make_model(
+    config: EngineConfig, spec: ModelSpec, weights: FrugalWeights, device: torch.device, dtype: torch.dtype
+) -> Model:
+    if not uses_kernels(config.model.device, device):
+        return GPT2(spec, weights, device=device, dtype=dtype, quantization=config.model.quantization)
+    if config.model.quantization is not None:
+        raise StartupError(
+            StartupError.USAGE, f"quantization {config.model.quantization!r} works on the CPU only (--device cpu)"
+        )
+    from octavo.worker.gpt2_triton import TritonGPT2  # Triton reads its environment when it is imported
+
+    return TritonGPT2(spec, weights, device=device, dtype=dtype)
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    longest = spec.n_positions + 1
+    asked = config.scheduler.max_model_len or longest
+    if not 2 <= asked <= longest:
+        raise StartupError(StartupError.USAGE, f"max-model-len {asked}: must be from 2 to {longest} for this model")
+    return asked
+
+
+def _num_blocks(config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> int:
+    """Usable blocks of the cache. Raises StartupError for sizes that cannot work."""
+    block_size = config.cache.block_size
+    if block_size not in (16, 32, 64):
+        raise StartupError(StartupError.USAGE, f"block-size {block_size}: must be 16, 32 or 64")
+    return num_blocks_that_fit(
+        spec,
+        config.cache,
+        config.scheduler,
+        max_model_len=_max_model_len(config, spec),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
