@@ -1,43 +1,24 @@
-"""Which parts of the sampler a request uses: one bit each, so that a step touches only the rows that ask."""
+"""Which parts of the sampler a request uses: one bit each, so that a step touches only the rows that ask.
+
+The bits are the kernels': CPU and GPU read the same word.
+"""
 
 from __future__ import annotations
 
-import enum
 import functools
 import operator
 from typing import Final
 
+from octavo_kernels.state import Feature
+
 from octavo.step import NewRequest
-
-
-class Feature(enum.IntFlag):
-    """Bits of one request. Processors act on greedy rows too, warpers only when sampling."""
-
-    NONE = 0
-    # Processors, in the order in which they act
-    LOGIT_BIAS = enum.auto()
-    REPETITION_PENALTY = enum.auto()
-    OUTPUT_PENALTY = enum.auto()
-    """frequency_penalty or presence_penalty."""
-    MIN_LENGTH = enum.auto()
-    """min_length or min_new_tokens."""
-    # Selection
-    SAMPLE = enum.auto()
-    # Warpers, in the order in which they act
-    TEMPERATURE = enum.auto()
-    TOP_K = enum.auto()
-    TOP_P = enum.auto()
-    MIN_P = enum.auto()
-    TYPICAL_P = enum.auto()
-    # What is reported
-    LOGPROBS = enum.auto()
 
 
 def _union(*features: Feature) -> Feature:
     return functools.reduce(operator.or_, features, Feature.NONE)
 
 
-PROCESSORS: Final = _union(Feature.LOGIT_BIAS, Feature.REPETITION_PENALTY, Feature.OUTPUT_PENALTY, Feature.MIN_LENGTH)
+PROCESSORS: Final = _union(Feature.BIAS, Feature.REPETITION_PENALTY, Feature.OUTPUT_PENALTY, Feature.MIN_LENGTH)
 WARPERS: Final = _union(Feature.TEMPERATURE, Feature.TOP_K, Feature.TOP_P, Feature.MIN_P, Feature.TYPICAL_P)
 RANKED: Final = Feature.TOP_K | Feature.TOP_P
 """Warpers that look at tokens in order of their logits."""
@@ -50,7 +31,7 @@ def features_of(request: NewRequest) -> Feature:
     params = request.params
     uses = Feature.NONE
     if params.logit_bias:
-        uses |= Feature.LOGIT_BIAS
+        uses |= Feature.BIAS
     if (params.repetition_penalty or 1.0) != 1.0:
         uses |= Feature.REPETITION_PENALTY
     if params.frequency_penalty or params.presence_penalty:

@@ -105,7 +105,7 @@ def _tensor(array: Int64s | Float32s, like: Tensor) -> Tensor:
 
 
 PROCESSORS: Final[tuple[tuple[Feature, Processor], ...]] = (
-    (Feature.LOGIT_BIAS, _add_logit_bias),
+    (Feature.BIAS, _add_logit_bias),
     (Feature.REPETITION_PENALTY, _penalize_repetition),
     (Feature.OUTPUT_PENALTY, _penalize_output),
     (Feature.MIN_LENGTH, _ban_end_before_minimum),

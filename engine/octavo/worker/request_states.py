@@ -150,7 +150,7 @@ class RequestStates:
         slot, uses = request.slot, self.sampling.features[request.slot]
         if uses & Feature.MIN_LENGTH:
             self.end_ids[slot] = np.unique(np.array(request.eos_token_ids + request.stop_token_ids, np.int64))
-        if uses & Feature.LOGIT_BIAS:
+        if uses & Feature.BIAS:
             bias = request.params.logit_bias
             self.logit_bias[slot] = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
         if request.logprobs is not None:

@@ -1,0 +1,252 @@
+"""Runs the steps that the scheduler decides on the kernels: embedding to sampled token without the host.
+
+A step is one copy to the device (what changed, and which rows run), kernel launches, and one small record per row back.
+Tokens, lengths and finished flags stay on the device and feed the next step; the host keeps a mirror in `RequestStates`,
+one step late, for what only it does. Random numbers are a function of seed, step and token (`octavo_kernels.philox`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from octavo_kernels.history import apply_history
+from octavo_kernels.inputs import StepInputs, apply_diffs, copy_blocks, prepare
+from octavo_kernels.logprobs import LogprobBuffers, gather_logprobs
+from octavo_kernels.paged_attention import prefill_tiles
+from octavo_kernels.sampling import sample
+from octavo_kernels.state import Feature, Finish
+from octavo_kernels.workspace import SamplerWorkspace
+from torch import Tensor
+
+from octavo.config import EngineConfig
+from octavo.errors import Reason
+from octavo.step import Int32s, LogprobRows, ModelRunnerOutput, SchedulerOutput
+from octavo.types import FinishReason
+from octavo.worker.device_logprobs import logprob_rows
+from octavo.worker.device_states import DeviceStates
+from octavo.worker.gpt2_triton import DeviceBatch, TritonGPT2
+from octavo.worker.input_batch import upload
+from octavo.worker.model_loader import load_model
+from octavo.worker.prompt_logprobs import add_prompt_logprobs
+from octavo.worker.request_states import Int64s, RequestStates
+from octavo.worker.warm_up import warm_up
+
+THREADS_PER_SM = 2048
+INTERPRETED_SMS = 132
+"""As many multiprocessors as an H100: how many rows of random numbers one fill has, see `octavo_kernels.philox`."""
+HISTORY = (
+    Feature.NO_REPEAT_NGRAM
+    | Feature.ENCODER_NO_REPEAT_NGRAM
+    | Feature.BAD_WORDS
+    | Feature.BIAS
+    | Feature.OUTPUT_PENALTY
+)
+"""What `apply_history` is launched for."""
+FAILURES = {Finish.NON_FINITE_LOGITS: Reason.NON_FINITE_LOGITS, Finish.NON_FINITE_SCORES: Reason.NON_FINITE_SCORES}
+
+
+class LaunchedStep:
+    """A step whose kernels are launched; its record is on its way to the host."""
+
+    def __init__(self, finish: Callable[[], ModelRunnerOutput]) -> None:
+        self._finish = finish
+        self._output: ModelRunnerOutput | None = None
+
+    def result(self) -> ModelRunnerOutput:
+        """Waits for the device. Raises what went wrong in the step, if it did: none of its tokens count then."""
+        if self._output is None:
+            self._output = self._finish()
+        return self._output
+
+
+class DeviceRunner:
+    """The worker of an engine core: loads a checkpoint, then computes steps in the order in which they come."""
+
+    def __init__(self, config: EngineConfig, progress: Callable[[str], None]) -> None:
+        """As `ModelRunner`."""
+        loaded = load_model(config, progress)
+        config, spec, device = loaded.config, loaded.spec, loaded.device
+        assert isinstance(loaded.model, TritonGPT2)
+        rows = config.scheduler.max_num_requests
+        shape = (rows, spec.n_positions, config.cache.block_size, spec.vocab_size)
+        self._device = device
+        self._model = loaded.model
+        self._model.reserve(rows)
+        self._kv_cache = loaded.kv_cache
+        self.num_blocks = loaded.num_blocks
+        self._states = RequestStates(*shape)
+        self._device_states = DeviceStates(*shape, device)
+        self._inputs = StepInputs.allocate(
+            config.scheduler.max_num_batched_tokens, rows, self._states.block_table.shape[1], device
+        )
+        self._workspace = SamplerWorkspace.allocate(rows, spec.vocab_size, device)
+        self._results = torch.empty(rows, 4, dtype=torch.int32, device=device)
+        self._logprobs = LogprobBuffers.allocate(rows, device)
+        self._num_threads = THREADS_PER_SM * (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED_SMS
+        )
+        warm_up(self, spec, config.cache)
+        self._states.free(0)
+        self.info = loaded.info()
+
+    def submit(self, step: SchedulerOutput) -> LaunchedStep:
+        """Launches a step; steps take effect in the order of the calls. What goes wrong is raised by its result."""
+        self._states.apply(step)
+        self._device_states.stage(step)
+        try:
+            return LaunchedStep(self._launch(step))
+        except Exception as error:
+            return LaunchedStep(_raising(error))
+
+    @property
+    def progress(self) -> int:
+        """Layers launched."""
+        return self._model.num_layers_computed
+
+    def check_device(self) -> None:
+        """After a failed step: raises if the device can compute no more, as a CUDA context after an illegal access."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        del self._model, self._kv_cache, self._device_states, self._workspace
+
+    @torch.inference_mode()
+    def _launch(self, step: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
+        states, slots = self._states, step.slots
+        rows = np.flatnonzero(step.samples & (states.finished[slots] == 0))
+        starts = np.zeros(len(slots) + 1, np.int32)
+        np.cumsum(step.num_scheduled, out=starts[1:])
+        batch, indices, sample_slots = self._prepare(step, rows, starts)
+        hidden = self._model.forward(batch, self._kv_cache)
+        states.num_computed[slots] = step.num_computed + step.num_scheduled
+        output = ModelRunnerOutput(np.full(len(slots), -1, np.int32), np.zeros(len(slots), np.uint8))
+        if states.prompt_logprobs:
+            add_prompt_logprobs(states, self._model, step, starts, hidden, output)
+        if len(rows) == 0:
+            return lambda: output
+        self._sample(self._model.logits(hidden[indices]), sample_slots, slots[rows])
+        record = self._results[: len(rows)].to("cpu", non_blocking=True)
+        wants = states.sampling.features[slots[rows]] & Feature.LOGPROBS != 0
+        values = logprob_rows(self._logprobs, states, slots[rows], wants) if wants.any() else None
+        event = self._recorded_event()
+        return lambda: self._finish(slots, rows, record, event, values, output)
+
+    def _prepare(self, step: SchedulerOutput, rows: Int64s, starts: Int32s) -> tuple[DeviceBatch, Tensor, Tensor]:
+        """Writes the step's diff to the state and lays out its tokens.
+
+        Returns the batch, the index of each sampling row's last token, and the sampling rows' slots.
+        """
+        offsets, values = self._device_states.take()
+        decodes = _num_leading_ones(step.num_scheduled)
+        tile_rows, tile_starts = prefill_tiles(starts, decodes)
+        pairs = np.array(step.block_copies, np.int32).reshape(-1, 2)
+        arrays = [
+            offsets,
+            values,
+            np.array([len(offsets)], np.int32),
+            step.slots.astype(np.int32),
+            starts,
+            starts[1:][rows].astype(np.int64) - 1,
+            step.slots[rows].astype(np.int32),
+            tile_rows,
+            tile_starts,
+            np.ascontiguousarray(pairs[:, 0]),
+            np.ascontiguousarray(pairs[:, 1]),
+        ]
+        on_device = upload(arrays, self._device)
+        diff, count, row_slots, query_start_loc, indices, sample_slots = on_device[0:2], *on_device[2:7]
+        if len(offsets):
+            apply_diffs(self._device_states.state, *diff, count)
+        if len(pairs):
+            copy_blocks(self._kv_cache.data, on_device[9], on_device[10])
+        inputs = self._inputs.narrow(int(starts[-1]), len(step.slots))
+        prepare(
+            self._device_states.state,
+            row_slots,
+            query_start_loc,
+            inputs,
+            block_size=self._kv_cache.block_size,
+            num_blocks=self._kv_cache.data.shape[2],
+        )
+        batch = DeviceBatch(
+            input_ids=inputs.input_ids,
+            positions=inputs.positions,
+            slot_mapping=inputs.slot_mapping,
+            query_start_loc=query_start_loc,
+            seq_lens=inputs.seq_lens,
+            block_tables=inputs.block_tables,
+            num_decode_rows=decodes,
+            tile_rows=on_device[7] if len(tile_rows) else None,
+            tile_starts=on_device[8] if len(tile_rows) else None,
+        )
+        return batch, indices, sample_slots
+
+    def _sample(self, logits: Tensor, row_slots: Tensor, slots: Int32s) -> None:
+        """Chooses a token for each row and advances its state; what was chosen is in `_results`."""
+        used = int(np.bitwise_or.reduce(self._states.sampling.features[slots]))
+        state, reciprocal = self._device_states.state, self._device.type == "cuda"
+        results = self._results[: len(slots)]
+        if used & HISTORY:
+            apply_history(logits, state, row_slots, self._workspace, reciprocal=reciprocal)
+        sample(
+            logits, state, row_slots, self._workspace, results, reciprocal=reciprocal, num_threads=self._num_threads
+        )
+        if used & Feature.LOGPROBS:
+            gather_logprobs(logits, state, row_slots, self._workspace, results, self._logprobs)
+
+    def _recorded_event(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _finish(
+        self,
+        slots: Int32s,
+        rows: Int64s,
+        record: Tensor,
+        event: torch.cuda.Event | None,
+        values: Callable[[Iterable[int]], LogprobRows | None] | None,
+        output: ModelRunnerOutput,
+    ) -> ModelRunnerOutput:
+        """Reads a step's record and brings the mirror up to it."""
+        if event is not None:
+            event.synchronize()
+        states = self._states
+        token_ids, finish = record[:, 0].numpy(), record[:, 1].numpy()
+        failed = [(int(rows[i]), FAILURES[Finish(int(finish[i]))]) for i in np.flatnonzero(finish >= min(FAILURES))]
+        if failed:
+            states.fail(slots[[row for row, _ in failed]])
+            output.failed += failed
+        chosen = token_ids >= 0
+        if values is not None:
+            output.logprobs = values(np.flatnonzero(chosen).tolist())
+            if output.logprobs is not None:
+                output.logprobs.rows = rows[output.logprobs.rows].astype(np.int32)
+        output.token_ids[rows] = token_ids
+        alive = rows[chosen]
+        output.finish[alive] = states.append(slots[alive], token_ids[chosen])
+        assert (output.finish[alive] == finish[chosen]).all(), "host and device disagree about who has finished"
+        return output
+
+
+def _raising(error: Exception) -> Callable[[], ModelRunnerOutput]:
+    def finish() -> ModelRunnerOutput:
+        raise error
+
+    return finish
+
+
+def _num_leading_ones(lengths: Int32s) -> int:
+    """Rows with one token that come first: with tiny chunks also prefill rows, which are computed the same way."""
+    longer = lengths != 1
+    return int(longer.argmax()) if longer.any() else len(lengths)
+
+
+assert FinishReason.EOS == Finish.EOS and FinishReason.STOP_TOKEN == Finish.STOP_TOKEN
+assert FinishReason.LENGTH == Finish.LENGTH, "the device's codes are the wire's"

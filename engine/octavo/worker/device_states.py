@@ -1,0 +1,196 @@
+"""The host's side of the request state on the device: turns what the scheduler decided into words to write there.
+
+`octavo_kernels.state.SlotState` says what the words mean. The host writes at admission and when a block table grows;
+everything else the kernels advance by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from octavo_kernels import state as device
+from octavo_kernels.state import NUM_PARAMS, Bitmap, Feature, Param, SlotState
+from torch import Tensor
+
+from octavo.step import Int32s, NewRequest, SchedulerOutput
+from octavo.types import LogprobKind
+from octavo.worker.features import features_of
+
+Int64s = npt.NDArray[np.int64]
+
+UNSIGNED_32: Final = 0xFFFFFFFF
+LOGPROB_KINDS: Final = {
+    LogprobKind.RAW_LOGPROB: device.LogprobKind.RAW_LOGPROB,
+    LogprobKind.RAW_LOGIT: device.LogprobKind.RAW_LOGIT,
+    LogprobKind.PROCESSED_LOGPROB: device.LogprobKind.PROCESSED_LOGPROB,
+    LogprobKind.PROCESSED_LOGIT: device.LogprobKind.PROCESSED_SCORE,
+}
+
+
+class DeviceStates:
+    """Owns the SlotState. Writes are collected by `stage` and handed over by `take`."""
+
+    def __init__(
+        self, num_slots: int, n_positions: int, block_size: int, vocab_size: int, where: torch.device
+    ) -> None:
+        self.state = SlotState.allocate(num_slots, n_positions, block_size, vocab_size, where)
+        self._base = {name: _first_word(self.state, name) for name in _PARTS}
+        self._width = {name: getattr(self.state, name)[0].numel() for name in _PARTS}
+        self._set_words: dict[tuple[int, Bitmap], Int64s] = {}
+        """Words of a slot's sparse bitmap that are not zero on the device."""
+        self._offsets: list[Int64s] = []
+        self._values: list[Int32s] = []
+
+    def stage(self, step: SchedulerOutput) -> None:
+        """Collects what a step changes, in its order."""
+        for request in step.new_requests:
+            self._admit(request)
+        if len(step.block_slots):
+            table = self._base["block_table"] + step.block_slots.astype(np.int64) * self._width["block_table"]
+            self._offsets.append(table + step.block_columns)
+            self._values.append(step.block_ids.astype(np.int32))
+
+    def take(self) -> tuple[Int32s, Int32s]:
+        """(offsets, values) of the words to write, no word twice; nothing stays collected."""
+        if not self._offsets:
+            return np.empty(0, np.int32), np.empty(0, np.int32)
+        offsets, values = np.concatenate(self._offsets), np.concatenate(self._values)
+        self._offsets.clear()
+        self._values.clear()
+        last = len(offsets) - 1 - np.unique(offsets[::-1], return_index=True)[1]  # a table may grow when it is admitted
+        return offsets[last].astype(np.int32), values[last]
+
+    def _admit(self, request: NewRequest) -> None:
+        slot, length = request.slot, len(request.token_ids)
+        uses = features_of(request)
+        self._write("length", slot, [length])
+        self._write("num_computed", slot, [request.num_computed_tokens])
+        self._write("finished", slot, [0])
+        table = np.zeros(self._width["block_table"], np.int32)
+        table[: len(request.block_ids)] = request.block_ids
+        self._write("block_table", slot, table)
+        self._write("hist", slot, request.token_ids)
+        self._write("params", slot, self._params(request, uses))
+        self._write_bitmaps(request, uses)
+        if uses & Feature.OUTPUT_PENALTY:
+            self._write_counts(request)
+        if uses & Feature.BIAS:
+            bias = request.params.logit_bias
+            self._write("bias_ids", slot, list(bias))
+            self._write("bias_values", slot, np.array(list(bias.values()), np.float32).view(np.int32))
+        if request.logprobs is not None:
+            self._write("requested_ids", slot, request.logprobs.token_ids)
+
+    def _params(self, request: NewRequest, uses: Feature) -> Int32s:
+        """[NUM_PARAMS]; unset ones are neutral or not looked at."""
+        params = request.params
+        words = np.zeros(NUM_PARAMS, np.int32)
+        floats = words.view(np.float32)
+        unsigned = words.view(np.uint32)
+        unsigned[Param.FEATURES] = int(uses)
+        unsigned[Param.SEED_LOW] = request.seed & UNSIGNED_32
+        unsigned[Param.SEED_HIGH] = request.seed >> 32 & UNSIGNED_32
+        words[Param.ROW] = request.row
+        words[Param.NUM_ROWS] = request.num_rows
+        words[Param.PROMPT_LEN] = request.prompt_len
+        words[Param.MAX_TOTAL] = request.max_total_tokens
+        if params.min_new_tokens is not None:  # as in transformers, it overrides min_length
+            words[Param.MIN_TOTAL] = request.prompt_len + params.min_new_tokens
+        else:
+            words[Param.MIN_TOTAL] = params.min_length or 0
+        words[Param.TOP_K] = min(params.top_k or 0, self.state.vocab_size)
+        words[Param.MIN_KEEP] = 1
+        floats[Param.TEMPERATURE] = _or(params.temperature, 1.0)
+        floats[Param.TOP_P_TAIL] = 1.0 - _or(params.top_p, 1.0)  # subtracted in double
+        floats[Param.MIN_P] = _or(params.min_p, 0.0)
+        floats[Param.TYPICAL_P] = _or(params.typical_p, 1.0)
+        floats[Param.REPETITION_PENALTY] = _or(params.repetition_penalty, 1.0)
+        floats[Param.FREQUENCY_PENALTY] = _or(params.frequency_penalty, 0.0)
+        floats[Param.PRESENCE_PENALTY] = _or(params.presence_penalty, 0.0)
+        words[Param.NUM_BIASES] = len(params.logit_bias)
+        if request.logprobs is not None:
+            words[Param.LOGPROB_KIND] = LOGPROB_KINDS[request.logprobs.kind]
+            words[Param.NUM_TOP] = request.logprobs.num_top
+            words[Param.NUM_REQUESTED] = len(request.logprobs.token_ids)
+        return words
+
+    def _write_bitmaps(self, request: NewRequest, uses: Feature) -> None:
+        slot = request.slot
+        self._write_sparse(slot, Bitmap.EOS, request.eos_token_ids)
+        self._write_sparse(slot, Bitmap.END, (*request.eos_token_ids, *request.stop_token_ids))
+        if uses & Feature.REPETITION_PENALTY:
+            self._write_dense(slot, Bitmap.SEEN, request.token_ids)
+
+    def _write_sparse(self, slot: int, bitmap: Bitmap, token_ids: Iterable[int]) -> None:
+        """A bitmap of few tokens, which no kernel changes: only words that differ from zero, now or before."""
+        ids = np.fromiter(token_ids, np.int64)
+        words = np.unique(ids // 32)
+        before = self._set_words.pop((slot, bitmap), None)
+        touched = words if before is None else np.union1d(words, before)
+        if len(touched) == 0:
+            return
+        values = np.zeros(len(touched), np.uint32)
+        np.bitwise_or.at(values, np.searchsorted(touched, ids // 32), np.uint32(1) << (ids % 32).astype(np.uint32))
+        if len(words):
+            self._set_words[slot, bitmap] = words
+        self._put(self._row_of(slot, bitmap) + touched, values.view(np.int32))
+
+    def _write_dense(self, slot: int, bitmap: Bitmap, token_ids: Int32s) -> None:
+        bits = np.zeros(self.state.bitmaps.shape[2], np.uint32)
+        np.bitwise_or.at(bits, token_ids // 32, np.uint32(1) << (token_ids % 32).astype(np.uint32))
+        self._put(self._row_of(slot, bitmap) + np.arange(len(bits)), bits.view(np.int32))
+
+    def _write_counts(self, request: NewRequest) -> None:
+        """Distinct output tokens in order of their first appearance."""
+        output = request.token_ids[request.prompt_len :]
+        ids, first, counts = np.unique(output, return_index=True, return_counts=True)
+        order = np.argsort(first)
+        self._write("num_counts", request.slot, [len(ids)])
+        self._write("count_ids", request.slot, ids[order])
+        self._write("counts", request.slot, counts[order])
+
+    def _row_of(self, slot: int, bitmap: Bitmap) -> int:
+        return self._base["bitmaps"] + slot * self._width["bitmaps"] + bitmap * int(self.state.bitmaps.shape[2])
+
+    def _write(self, part: str, slot: int, values: npt.ArrayLike) -> None:
+        """The first words of a slot's row of a part of the state."""
+        words = np.asarray(values, np.int32)
+        assert len(words) <= self._width[part], f"{part}: {len(words)} words, room for {self._width[part]}"
+        start = self._base[part] + slot * self._width[part]
+        self._put(np.arange(start, start + len(words)), words)
+
+    def _put(self, offsets: Int64s, values: Int32s) -> None:
+        self._offsets.append(offsets)
+        self._values.append(values)
+
+
+_PARTS: Final = (
+    "length",
+    "num_computed",
+    "finished",
+    "params",
+    "block_table",
+    "hist",
+    "bitmaps",
+    "num_counts",
+    "count_ids",
+    "counts",
+    "bias_ids",
+    "bias_values",
+    "bias_sequences",
+    "bad_words",
+    "requested_ids",
+)
+
+
+def _first_word(state: SlotState, part: str) -> int:
+    tensor: Tensor = getattr(state, part)
+    return int(tensor.storage_offset() - state.arena.storage_offset())
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
