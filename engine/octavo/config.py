@@ -13,8 +13,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """Name under which it is served."""
     device: str = "auto"
-    """"auto" (CUDA when there is a GPU, else the CPU), "cpu", "cuda", or "interpreter": the GPU's kernels, interpreted on
-    the CPU, for tests."""
+    """"auto" (CUDA when there is a GPU, else the CPU), "cpu", "cuda" or "interpreter" (the GPU's kernels on the
+    CPU, for tests)."""
     dtype: str = "auto"
     """"auto" (the checkpoint's; float16 and bfloat16 become bfloat16 on the CPU), "float32", "bfloat16", "float16"."""
     quantization: str | None = None

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 from octavo.config import EngineConfig
-from octavo.engine_core.engine_core import EngineCore
+from octavo.engine_core.engine_core import EngineCore, Runner
 from octavo.ipc import AddRequests, EngineCoreOutputs, EngineCoreRequest
 from octavo.types import EngineLoad, FinishReason, GenerationParams
 from parity.cases import Answer, Case
@@ -32,9 +32,11 @@ def engine_request(case: Case, key: int) -> EngineCoreRequest:
     )
 
 
-def engine_answers(config: EngineConfig, cases: list[Case], order_seed: int) -> tuple[list[Answer], EngineLoad]:
+def engine_answers(
+    config: EngineConfig, cases: list[Case], order_seed: int, runner: Runner | None = None
+) -> tuple[list[Answer], EngineLoad]:
     """Submits the cases in random order, half of them at once and the rest while the engine runs."""
-    core = EngineCore(config)
+    core = EngineCore(config, runner=runner)
     rng = random.Random(order_seed)
     order = list(range(len(cases)))
     rng.shuffle(order)

@@ -36,7 +36,9 @@ def choose_device(name: str) -> torch.device:
 def _interpret_kernels() -> None:
     """Makes Triton run kernels in its interpreter, which it decides when it is imported. Raises StartupError."""
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise StartupError(StartupError.USAGE, "device interpreter: Triton has been imported to compile in this process")
+        raise StartupError(
+            StartupError.USAGE, "device interpreter: Triton has been imported to compile in this process"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -1,8 +1,8 @@
 """Runs the steps that the scheduler decides on the kernels: embedding to sampled token without the host.
 
-A step is one copy to the device (what changed, and which rows run), kernel launches, and one small record per row back.
-Tokens, lengths and finished flags stay on the device and feed the next step; the host keeps a mirror in `RequestStates`,
-one step late, for what only it does. Random numbers are a function of seed, step and token (`octavo_kernels.philox`).
+A step is one copy to the device (what changed, and which rows run), kernel launches, and a small record per row back.
+Tokens, lengths and finished flags stay on the device and feed the next step; the host keeps a mirror of them in
+`RequestStates`, one step late, for what only it does. Random numbers are a function of seed, step and token (`octavo_kernels.philox`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from torch import Tensor
 from octavo.config import EngineConfig
 from octavo.errors import Reason
 from octavo.step import Int32s, LogprobRows, ModelRunnerOutput, SchedulerOutput
-from octavo.types import FinishReason
-from octavo.worker.device_logprobs import logprob_rows
+from octavo.worker.device_logprobs import copy_to_host, logprob_rows
 from octavo.worker.device_states import DeviceStates
 from octavo.worker.gpt2_triton import DeviceBatch, TritonGPT2
 from octavo.worker.input_batch import upload
@@ -126,10 +125,14 @@ class DeviceRunner:
         output = ModelRunnerOutput(np.full(len(slots), -1, np.int32), np.zeros(len(slots), np.uint8))
         if states.prompt_logprobs:
             add_prompt_logprobs(states, self._model, step, starts, hidden, output)
+        if output.failed:
+            alive = states.finished[slots[rows]] == 0
+            kept = torch.from_numpy(np.flatnonzero(alive)).to(self._device)
+            rows, indices, sample_slots = rows[alive], indices[kept], sample_slots[kept]
         if len(rows) == 0:
             return lambda: output
         self._sample(self._model.logits(hidden[indices]), sample_slots, slots[rows])
-        record = self._results[: len(rows)].to("cpu", non_blocking=True)
+        record = copy_to_host(self._results[: len(rows)])
         wants = states.sampling.features[slots[rows]] & Feature.LOGPROBS != 0
         values = logprob_rows(self._logprobs, states, slots[rows], wants) if wants.any() else None
         event = self._recorded_event()
@@ -192,16 +195,14 @@ class DeviceRunner:
         results = self._results[: len(slots)]
         if used & HISTORY:
             apply_history(logits, state, row_slots, self._workspace, reciprocal=reciprocal)
-        sample(
-            logits, state, row_slots, self._workspace, results, reciprocal=reciprocal, num_threads=self._num_threads
-        )
+        sample(logits, state, row_slots, self._workspace, results, reciprocal=reciprocal, num_threads=self._num_threads)
         if used & Feature.LOGPROBS:
             gather_logprobs(logits, state, row_slots, self._workspace, results, self._logprobs)
 
     def _recorded_event(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -246,7 +247,3 @@ def _num_leading_ones(lengths: Int32s) -> int:
     """Rows with one token that come first: with tiny chunks also prefill rows, which are computed the same way."""
     longer = lengths != 1
     return int(longer.argmax()) if longer.any() else len(lengths)
-
-
-assert FinishReason.EOS == Finish.EOS and FinishReason.STOP_TOKEN == Finish.STOP_TOKEN
-assert FinishReason.LENGTH == Finish.LENGTH, "the device's codes are the wire's"

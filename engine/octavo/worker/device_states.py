@@ -34,9 +34,7 @@ LOGPROB_KINDS: Final = {
 class DeviceStates:
     """Owns the SlotState. Writes are collected by `stage` and handed over by `take`."""
 
-    def __init__(
-        self, num_slots: int, n_positions: int, block_size: int, vocab_size: int, where: torch.device
-    ) -> None:
+    def __init__(self, num_slots: int, n_positions: int, block_size: int, vocab_size: int, where: torch.device) -> None:
         self.state = SlotState.allocate(num_slots, n_positions, block_size, vocab_size, where)
         self._base = {name: _first_word(self.state, name) for name in _PARTS}
         self._width = {name: getattr(self.state, name)[0].numel() for name in _PARTS}

@@ -12,50 +12,75 @@ from typing import Final
 from octavo_kernels.state import Feature
 
 from octavo.step import NewRequest
+from octavo.types import GenerationParams
 
 
 def _union(*features: Feature) -> Feature:
     return functools.reduce(operator.or_, features, Feature.NONE)
 
 
-PROCESSORS: Final = _union(Feature.BIAS, Feature.REPETITION_PENALTY, Feature.OUTPUT_PENALTY, Feature.MIN_LENGTH)
-WARPERS: Final = _union(Feature.TEMPERATURE, Feature.TOP_K, Feature.TOP_P, Feature.MIN_P, Feature.TYPICAL_P)
-RANKED: Final = Feature.TOP_K | Feature.TOP_P
+PROCESSORS: Final = Feature(Feature.SAMPLE - 1)
+"""The bits before SAMPLE: what acts on greedy rows too."""
+RANKED: Final = Feature.TOP_H | Feature.TOP_K | Feature.TOP_P
 """Warpers that look at tokens in order of their logits."""
-FILTERS: Final = RANKED | Feature.MIN_P | Feature.TYPICAL_P
+FILTERS: Final = RANKED | Feature.MIN_P | Feature.TYPICAL_P | Feature.EPSILON_CUTOFF | Feature.ETA_CUTOFF
 """Warpers that drop tokens."""
 
 
 def features_of(request: NewRequest) -> Feature:
     """The bits of a request with resolved parameters; neutral values set none."""
     params = request.params
-    uses = Feature.NONE
-    if params.logit_bias:
-        uses |= Feature.BIAS
-    if (params.repetition_penalty or 1.0) != 1.0:
-        uses |= Feature.REPETITION_PENALTY
-    if params.frequency_penalty or params.presence_penalty:
-        uses |= Feature.OUTPUT_PENALTY
-    if (params.min_length or params.min_new_tokens) and (request.eos_token_ids or request.stop_token_ids):
-        uses |= Feature.MIN_LENGTH
-    if request.logprobs is not None:
-        uses |= Feature.LOGPROBS
+    words = [word for word in params.bad_words_ids if tuple(word) not in {(eos,) for eos in request.eos_token_ids}]
+    uses = _union(
+        *(
+            feature
+            for feature, is_used in (
+                (Feature.BIAS, params.logit_bias or params.sequence_bias),
+                (Feature.ENCODER_REPETITION_PENALTY, (params.encoder_repetition_penalty or 1.0) != 1.0),
+                (Feature.REPETITION_PENALTY, (params.repetition_penalty or 1.0) != 1.0),
+                (Feature.OUTPUT_PENALTY, params.frequency_penalty or params.presence_penalty),
+                (Feature.NO_REPEAT_NGRAM, params.no_repeat_ngram_size),
+                (Feature.ENCODER_NO_REPEAT_NGRAM, params.encoder_no_repeat_ngram_size),
+                (Feature.BAD_WORDS, any(len(word) > 1 for word in words)),
+                (Feature.BAN, any(len(word) == 1 for word in words)),
+                (Feature.MIN_LENGTH, _has_minimum(request)),
+                (Feature.ALLOWED, params.allowed_token_ids is not None),
+                (Feature.FORCED_BOS, params.forced_bos_token_id is not None),
+                (Feature.FORCED_EOS, params.forced_eos_token_id),
+                (Feature.REMOVE_INVALID, params.remove_invalid_values),
+                (Feature.DECAY, params.exponential_decay_length_penalty is not None and request.eos_token_ids),
+                (Feature.SUPPRESS, params.suppress_tokens),
+                (Feature.BEGIN_SUPPRESS, params.begin_suppress_tokens),
+                (Feature.RENORMALIZE, params.renormalize_logits),
+                (Feature.LOGPROBS, request.logprobs is not None),
+            )
+            if is_used
+        )
+    )
     if params.do_sample and params.temperature != 0.0:
-        uses |= Feature.SAMPLE | _warpers_of(request)
+        uses |= Feature.SAMPLE | _warpers_of(params)
     return uses
 
 
-def _warpers_of(request: NewRequest) -> Feature:
-    params = request.params
-    uses = Feature.NONE
-    if params.temperature is not None and params.temperature != 1.0:
-        uses |= Feature.TEMPERATURE
-    if params.top_k:
-        uses |= Feature.TOP_K
-    if params.top_p is not None and params.top_p < 1.0:
-        uses |= Feature.TOP_P
-    if params.min_p:
-        uses |= Feature.MIN_P
-    if params.typical_p is not None and params.typical_p < 1.0:
-        uses |= Feature.TYPICAL_P
-    return uses
+def _has_minimum(request: NewRequest) -> bool:
+    minimum = request.params.min_length or request.params.min_new_tokens
+    return bool(minimum and (request.eos_token_ids or request.stop_token_ids))
+
+
+def _warpers_of(params: GenerationParams) -> Feature:
+    return _union(
+        *(
+            feature
+            for feature, is_used in (
+                (Feature.TEMPERATURE, params.temperature is not None and params.temperature != 1.0),
+                (Feature.TOP_H, params.top_h is not None),
+                (Feature.TOP_K, params.top_k),
+                (Feature.TOP_P, params.top_p is not None and params.top_p < 1.0),
+                (Feature.MIN_P, params.min_p),
+                (Feature.TYPICAL_P, params.typical_p is not None and params.typical_p < 1.0),
+                (Feature.EPSILON_CUTOFF, params.epsilon_cutoff),
+                (Feature.ETA_CUTOFF, params.eta_cutoff),
+            )
+            if is_used
+        )
+    )

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from octavo_kernels.activations import ACTIVATIONS
 from octavo_kernels.embed import embed
 from octavo_kernels.kv_write import kv_write
 from octavo_kernels.linear import linear
 from octavo_kernels.norm import add_layer_norm, layer_norm
-from octavo_kernels.paged_attention import AttentionWorkspace, decode_attention, prefill_attention, prefill_tiles
+from octavo_kernels.paged_attention import AttentionWorkspace, decode_attention, prefill_attention
 from torch import Tensor
 
 from octavo.checkpoint import ModelSpec
@@ -26,8 +24,6 @@ from octavo.worker.kv_cache import KVCache
 
 COLUMN_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, so that rows of logits are read 16 bytes at a time."""
-
-Int32s = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +194,3 @@ class TritonGPT2:
         padded = torch.zeros(rows, embedding.shape[1], dtype=self.dtype, device=self.device)
         padded[: embedding.shape[0]] = embedding
         return padded
-
-
-def tiles_of(query_start_loc: Int32s, num_decode_rows: int) -> tuple[Int32s, Int32s]:
-    """(tile_rows, tile_starts) of the rows from num_decode_rows on, for `DeviceBatch`."""
-    rows, starts = prefill_tiles(query_start_loc, num_decode_rows)
-    return rows, starts

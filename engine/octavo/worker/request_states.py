@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.step import Bools, Int32s, LogprobSpec, NewRequest, SchedulerOutput, UInt8s
-from octavo.types import FinishReason
-from octavo.worker.features import FILTERS, Feature, features_of
+from octavo.types import FinishReason, GenerationParams
+from octavo.worker.features import FILTERS, PROCESSORS, Feature, features_of
+from octavo.worker.row_lists import RowLists, lists_of
 
 Int64s = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
@@ -38,7 +39,12 @@ class SamplingParamArrays:
         """1 - top_p, subtracted in double."""
         self.min_p = np.zeros(num_slots, np.float32)
         self.typical_p = np.ones(num_slots, np.float32)
+        self.top_h = np.ones(num_slots, np.float32)
+        self.epsilon_cutoff = np.zeros(num_slots, np.float32)
+        self.eta_cutoff = np.zeros(num_slots, np.float32)
         self.repetition_penalty = np.ones(num_slots, np.float32)
+        self.encoder_repetition_penalty = np.ones(num_slots, np.float32)
+        """1 / the parameter, divided in double: the divisor of positive scores."""
         self.frequency_penalty = np.zeros(num_slots, np.float32)
         self.presence_penalty = np.zeros(num_slots, np.float32)
         self.min_total_tokens = np.zeros(num_slots, np.int32)
@@ -54,7 +60,11 @@ class SamplingParamArrays:
         self.top_p_tail[slot] = 1.0 - _or(params.top_p, 1.0)
         self.min_p[slot] = _or(params.min_p, 0.0)
         self.typical_p[slot] = _or(params.typical_p, 1.0)
+        self.top_h[slot] = _or(params.top_h, 1.0)
+        self.epsilon_cutoff[slot] = _or(params.epsilon_cutoff, 0.0)
+        self.eta_cutoff[slot] = _or(params.eta_cutoff, 0.0)
         self.repetition_penalty[slot] = _or(params.repetition_penalty, 1.0)
+        self.encoder_repetition_penalty[slot] = 1.0 / _or(params.encoder_repetition_penalty, 1.0)
         self.frequency_penalty[slot] = _or(params.frequency_penalty, 0.0)
         self.presence_penalty[slot] = _or(params.presence_penalty, 0.0)
         if params.min_new_tokens is not None:  # as in transformers, it overrides min_length
@@ -102,10 +112,9 @@ class RequestStates:
         """[S + 1, E] EOS ids, padded with -1; like `stop_ids` it widens as requests need."""
         self.stop_ids = np.full((rows, 1), -1, np.int32)
         # Lists, for the rows that have any
-        self.end_ids: dict[int, Int64s] = {}
-        """EOS and stop ids of the slots with a minimum length."""
-        self.logit_bias: dict[int, tuple[Int64s, Float32s]] = {}
-        """Token ids and biases by slot."""
+        self.lists: dict[int, RowLists] = {}
+        self.params: dict[int, GenerationParams] = {}
+        """Lists and parameters of the slots that use a processor."""
         self.logprobs: dict[int, LogprobSpec] = {}
         self.prompt_logprobs: dict[int, int] = {}
         """Number of top tokens by slot, for the slots that asked."""
@@ -125,7 +134,7 @@ class RequestStates:
         self.finished[slot] = 0
         self.group_id[slot] = -1
         self.sampling.features[slot] = 0
-        for table in (self.end_ids, self.logit_bias, self.logprobs, self.prompt_logprobs):
+        for table in (self.lists, self.params, self.logprobs, self.prompt_logprobs):
             table.pop(slot, None)
 
     def _add(self, request: NewRequest) -> None:
@@ -148,11 +157,9 @@ class RequestStates:
 
     def _add_lists(self, request: NewRequest) -> None:
         slot, uses = request.slot, self.sampling.features[request.slot]
-        if uses & Feature.MIN_LENGTH:
-            self.end_ids[slot] = np.unique(np.array(request.eos_token_ids + request.stop_token_ids, np.int64))
-        if uses & Feature.BIAS:
-            bias = request.params.logit_bias
-            self.logit_bias[slot] = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
+        if uses & PROCESSORS:
+            self.lists[slot] = lists_of(request)
+            self.params[slot] = request.params
         if request.logprobs is not None:
             self.logprobs[slot] = request.logprobs
         if request.prompt_logprobs is not None:

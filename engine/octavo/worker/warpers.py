@@ -23,6 +23,8 @@ from octavo.worker.features import Feature
 from octavo.worker.logits import divide
 from octavo.worker.request_states import SamplingParamArrays
 
+TOP_H_CANDIDATES = 100
+"""TopHLogitsWarper looks at this many of the largest only."""
 VECTOR_WIDTH = 64
 """A multiple of the lanes of any CPU's softmax. A window keeps its columns' places modulo this, so that its sums are
 those of the whole sorted row, bit for bit."""
@@ -76,10 +78,13 @@ def filter_scores(
         scores: [F, K] scaled; ascending in each row when a row uses top_k or top_p.
     """
     for feature, bound, values in (
+        (Feature.TOP_H, _top_h, params.top_h),
         (Feature.TOP_K, _top_k, params.top_k),
         (Feature.TOP_P, _top_p, params.top_p_tail),
         (Feature.MIN_P, _min_p, params.min_p),
         (Feature.TYPICAL_P, _typical_p, params.typical_p),
+        (Feature.EPSILON_CUTOFF, _epsilon_cutoff, params.epsilon_cutoff),
+        (Feature.ETA_CUTOFF, _eta_cutoff, params.eta_cutoff),
     ):
         rows = np.flatnonzero(features & feature)
         if len(rows) == 0:
@@ -120,6 +125,17 @@ def _smallest(scores: Tensor, kept: Tensor) -> Tensor:
     return torch.minimum(torch.where(kept, scores, math.inf).amin(-1, keepdim=True), scores.amax(-1, keepdim=True))
 
 
+def _top_h(scores: Tensor, top_h: Tensor) -> tuple[Tensor, Tensor]:
+    """TopHLogitsWarper: of the 100 largest, falling, those whose entropy terms add up to at most top_h of all 100's."""
+    best = scores[:, -min(TOP_H_CANDIDATES, scores.shape[1]) :].flip(1)
+    distribution = torch.distributions.Categorical(logits=best, validate_args=False)
+    terms = -distribution.probs * torch.log(distribution.probs)
+    kept = terms.cumsum(-1) <= distribution.entropy()[:, None] * top_h
+    kept[:, 0] = True
+    lo = torch.where(kept, best, math.inf).amin(-1, keepdim=True)
+    return lo, _infinite(lo)
+
+
 def _top_k(scores: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
     """TopKLogitsWarper: from the k-th largest up."""
     lo = scores.gather(1, scores.shape[1] - top_k.long())
@@ -152,3 +168,19 @@ def _typical_p(scores: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     lo = torch.where(inside, scores, math.inf).amin(-1, keepdim=True)
     hi = torch.where(inside, scores, -math.inf).amax(-1, keepdim=True)
     return lo, hi
+
+
+def _epsilon_cutoff(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """EpsilonLogitsWarper: drops tokens less likely than the cut-off."""
+    return _above(scores, floor)
+
+
+def _eta_cutoff(scores: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    """EtaLogitsWarper: the cut-off falls with the entropy."""
+    entropy = torch.distributions.Categorical(logits=scores, validate_args=False).entropy()[:, None]
+    return _above(scores, torch.minimum(epsilon, epsilon.sqrt() * torch.exp(-entropy)))
+
+
+def _above(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    lo = _smallest(scores, (scores.softmax(-1) >= floor) & (scores > -math.inf))
+    return lo, _infinite(lo)

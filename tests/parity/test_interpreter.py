@@ -1,0 +1,119 @@
+"""The device path under Triton's interpreter gives the tokens of the CPU path: greedy and seeded, in a crowded engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from octavo.checkpoint import resolve
+from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from octavo.types import EngineLoad
+from octavo.worker.model_runner import ModelRunner
+from octavo.worker.runner import load_runner
+from parity.cases import Answer, Case, random_cases
+from parity.engine import engine_answers
+from reference.philox import race_noise
+
+VOCAB_SIZE = 300
+EOS = VOCAB_SIZE - 1
+NUM_CASES = 24
+
+
+class PhiloxNoise:
+    """The random numbers of CUDA in the place of the CPU's: the same interface as `octavo.worker.noise.Noise`."""
+
+    def __init__(self) -> None:
+        self._seeds: dict[int, int] = {}
+
+    def open(self, group_id: int, seed: int, num_rows: int) -> None:
+        self._seeds[group_id] = seed
+
+    def close(self, group_id: int) -> None:
+        self._seeds.pop(group_id, None)
+
+    def row_ended(self, group_id: int, row: int) -> None:
+        pass
+
+    def exponentials(self, group_id: int, row: int, step: int, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        noise = torch.from_numpy(race_noise(self._seeds[group_id], step, row, VOCAB_SIZE))
+        return noise if token_ids is None else noise[token_ids]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model whose logits are far apart."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny")
+    config = GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=160, n_embd=64, n_layer=2, n_head=2, bos_token_id=EOS, eos_token_id=EOS
+    )
+    model = GPT2LMHeadModel(config)
+    model.transformer.wte.weight.data.mul_(8.0)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return [_in_vocabulary(case) for case in random_cases(resolve("demo"), NUM_CASES, seed=5)]
+
+
+def _in_vocabulary(case: Case) -> Case:
+    params = dict(case.params)
+    if "logit_bias" in params:
+        params["logit_bias"] = {token % VOCAB_SIZE: bias for token, bias in params["logit_bias"].items()}
+    ids = {name: tuple(token % VOCAB_SIZE for token in getattr(case, name)) for name in ("eos", "stop")}
+    prompt = [token % VOCAB_SIZE for token in case.prompt]
+    return dataclasses.replace(case, prompt=prompt, params=params, max_new_tokens=min(case.max_new_tokens, 10), **ids)
+
+
+def answers_of(device: str, path: Path, cases: list[Case], **fields: int | bool) -> tuple[list[Answer], EngineLoad]:
+    config = EngineConfig(
+        model=ModelConfig(path=str(path), name="tiny", device=device, dtype="float32"),
+        cache=CacheConfig(
+            block_size=int(fields.get("block_size", 16)),
+            num_blocks=int(fields.get("num_blocks", 200)),
+            enable_prefix_caching=bool(fields.get("prefix_caching", True)),
+        ),
+        scheduler=SchedulerConfig(
+            max_num_requests=16,
+            max_num_batched_tokens=128,
+            max_chunk_tokens=int(fields.get("chunk", 0)),
+            max_model_len=145,
+            max_queue_time=3600.0,
+        ),
+    )
+    runner = load_runner(config, lambda text: None)
+    if isinstance(runner, ModelRunner):
+        runner._noise = runner._sampler._noise = PhiloxNoise()  # type: ignore[assignment]
+    return engine_answers(config, cases, order_seed=1, runner=runner)
+
+
+@pytest.fixture(scope="module")
+def expected(path: Path, cases: list[Case]) -> list[Answer]:
+    return answers_of("cpu", path, cases)[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block_size": 16},
+        {"block_size": 16, "chunk": 7, "num_blocks": 12, "prefix_caching": False},
+        {"block_size": 32, "chunk": 1, "num_blocks": 7},
+    ],
+    ids=["whole prompts, prefix hits", "chunks of 7, preemption", "chunks of 1, preemption, prefix hits"],
+)
+def test_the_device_path_gives_the_tokens_of_the_cpu_path(fields, path, cases, expected):
+    answers, load = answers_of("interpreter", path, cases, **fields)
+    assert answers == expected
+    assert load.preemptions > 0 or "num_blocks" not in fields
+
+
+def test_the_expected_tokens_are_not_all_alike(expected):
+    tokens = [token for answer in expected for ids in answer.token_ids for token in ids]
+    assert len(np.unique(tokens)) > 60
