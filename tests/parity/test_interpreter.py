@@ -1,4 +1,4 @@
-"""The device path under Triton's interpreter gives the tokens of the CPU path: greedy and seeded, in a crowded engine."""
+"""The device path under Triton's interpreter gives the tokens of the CPU path, greedy and seeded, in a crowded engine."""
 
 from __future__ import annotations
 

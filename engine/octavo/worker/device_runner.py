@@ -2,7 +2,8 @@
 
 A step is one copy to the device (what changed, and which rows run), kernel launches, and a small record per row back.
 Tokens, lengths and finished flags stay on the device and feed the next step; the host keeps a mirror of them in
-`RequestStates`, one step late, for what only it does. Random numbers are a function of seed, step and token (`octavo_kernels.philox`).
+`RequestStates`, one step late, for what only it does. Random numbers are a function of
+seed, step and token (`octavo_kernels.philox`).
 """
 
 from __future__ import annotations
