@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
-from octavo.types import GenerationParams, LogprobKind
+from octavo.types import ExponentialDecay, GenerationParams, LogprobKind, SequenceBias
 from octavo.worker.noise import Noise
 from octavo.worker.request_states import RequestStates
 from octavo.worker.sampler import Sampler, SamplerOutput
@@ -59,15 +59,27 @@ class Row:
 
     def expected_scores(self, *, intervals: bool) -> torch.Tensor:
         """[V] the processed row, by the reference."""
-        params = dict(self.params)
-        bias = {(token,): value for token, value in params.pop("logit_bias", {}).items()}
+        names = self.transformers_names()
+        if "forced_eos_token_id" in names:
+            names["forced_eos_token_ids"] = tuple(names.pop("forced_eos_token_id"))
         return process_row(
             self.logits.float(),
             torch.tensor(self.token_ids),
             self.prompt_len,
-            RowParams(max_length=10**6, eos_token_ids=self.eos + self.stop, sequence_bias=bias, **params),
+            RowParams(max_length=self.max_total_tokens, eos_token_ids=self.eos + self.stop, **names),
             intervals=intervals,
         )
+
+    def transformers_names(self) -> dict:
+        """The parameters with biases and decay as generate() takes them."""
+        names = dict(self.params)
+        bias = {tuple(entry.token_ids): entry.bias for entry in names.pop("sequence_bias", [])}
+        bias |= {(token,): value for token, value in names.pop("logit_bias", {}).items()}
+        if bias:
+            names["sequence_bias"] = bias
+        if (decay := names.get("exponential_decay_length_penalty")) is not None:
+            names["exponential_decay_length_penalty"] = (decay.start_index, decay.factor)
+        return names
 
     def expected_token(self, scores: torch.Tensor) -> int:
         """What generate() chooses from `scores` at this row's step, after torch.manual_seed(seed)."""
@@ -133,19 +145,52 @@ def random_row(rng: random.Random, vocab_size: int, *, bf16: bool = False) -> Ro
         sometimes(0.5, "top_p", 0.0, 0.5, 0.9, 0.95)
         sometimes(0.3, "min_p", 0.0, 0.05, 0.2)
         sometimes(0.3, "typical_p", 0.2, 0.9)
+        sometimes(0.25, "top_h", 0.3, 0.6)
+        sometimes(0.25, "epsilon_cutoff", 3e-4, 0.05)
+        sometimes(0.25, "eta_cutoff", 3e-4, 0.02)
     sometimes(0.4, "repetition_penalty", 0.8, 1.3)
     sometimes(0.3, "logit_bias", {4: 2.5, 9: -3.0}, {9: 1 / 3, token_ids[-1]: -1.3, vocab_size - 1: 50.0})
     sometimes(0.4, "min_new_tokens", 1, 10)
     if "min_new_tokens" not in params:
         sometimes(0.3, "min_length", 5, 30)
     eos = rng.choice([(vocab_size - 1,), (vocab_size - 1, 5), ()])
+    stop = rng.choice([(), (7,)])
+    if rng.random() < 0.5:
+        _add_rare(rng, params, token_ids, vocab_size, sometimes)
+        if eos and not stop and "remove_invalid_values" not in params:
+            sometimes(0.4, "exponential_decay_length_penalty", ExponentialDecay(0, 1.2), ExponentialDecay(3, 1.2))
     return Row(
         logits.bfloat16() if bf16 else logits,
         token_ids,
         prompt_len,
         params,
         eos=eos,
-        stop=rng.choice([(), (7,)]),
+        stop=stop,
         seed=rng.randrange(2**64),
         logprobs=every_processed_logit(vocab_size),
+        max_total_tokens=rng.choice([length + 1, N_POSITIONS + 1]),
     )
+
+
+def _add_rare(
+    rng: random.Random, params: dict, token_ids: list[int], vocab_size: int, sometimes: Callable[..., None]
+) -> None:
+    last, tail = token_ids[-1], token_ids[-3:]
+    if "logit_bias" not in params:
+        sometimes(
+            0.4,
+            "sequence_bias",
+            [SequenceBias([4], 2.5), SequenceBias([last, 9], -3.0), SequenceBias([8, 9], 1.0)],
+            [SequenceBias([*tail, 9], 0.1), SequenceBias([last, 9], 0.7), SequenceBias([9], -1.3)],
+            [SequenceBias([last, 9], 0.3), SequenceBias([*tail, 9], 1e-3), SequenceBias([9], 1 / 3)],
+        )
+    sometimes(0.3, "encoder_repetition_penalty", 0.8, 1.5)
+    sometimes(0.4, "no_repeat_ngram_size", 1, 2, 3)
+    sometimes(0.3, "encoder_no_repeat_ngram_size", 1, 2, 4)
+    sometimes(0.4, "bad_words_ids", [[3], [last, 11]], [[1, 2, 3], [last, 11], [*tail, 12]])
+    sometimes(0.2, "allowed_token_ids", [2, 3, 40, 8, vocab_size - 1])
+    sometimes(0.1, "forced_bos_token_id", 17)
+    sometimes(0.15, "forced_eos_token_id", [vocab_size - 1], [vocab_size - 1, 6])
+    sometimes(0.15, "remove_invalid_values", True)
+    sometimes(0.3, "suppress_tokens", [10, 13])
+    sometimes(0.3, "begin_suppress_tokens", [14, 15])

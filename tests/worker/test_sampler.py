@@ -66,11 +66,11 @@ def test_rows_equal_the_processors_of_transformers(vocab_size: int):
     output = sample_together(rows)
     differing = 0
     for row, actual in zip(rows, processed_rows(output, vocab_size), strict=True):
-        kwargs = dict(row.params, max_length=10**6, eos_token_id=list(row.eos + row.stop) or None)
-        bias = kwargs.pop("logit_bias", None)
-        if bias:
-            kwargs["sequence_bias"] = {(token,): value for token, value in bias.items()}
-        expected = transformers_row(model, row.logits, torch.tensor(row.token_ids), row.prompt_len, kwargs, None)
+        kwargs = dict(
+            row.transformers_names(), max_length=row.max_total_tokens, eos_token_id=list(row.eos + row.stop) or None
+        )
+        allowed = kwargs.pop("allowed_token_ids", None)
+        expected = transformers_row(model, row.logits, torch.tensor(row.token_ids), row.prompt_len, kwargs, allowed)
         differing += disputed(actual, expected) > 0
     assert differing <= 1
 

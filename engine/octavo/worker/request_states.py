@@ -19,6 +19,8 @@ Float32s = npt.NDArray[np.float32]
 
 FAILED = 255
 """In `finished`: the request failed and is muted like one that ended."""
+TOP_H_CANDIDATES = 100
+"""TopHLogitsWarper looks at this many of the largest only."""
 WINDOWS = (64, 256, 1024)
 """Widths in tokens of the sampler's fast path: the narrowest that holds top_k and one more is used."""
 NO_FILTER = -1
@@ -81,8 +83,9 @@ def _window(uses: Feature, top_k: int, vocab_size: int) -> int:
     if not uses & FILTERS:
         return NO_FILTER
     if uses & Feature.TOP_K:
+        least = max(top_k + 1, TOP_H_CANDIDATES if uses & Feature.TOP_H else 0)
         for window in WINDOWS:
-            if top_k < window <= vocab_size:
+            if least <= window <= vocab_size:
                 return window
     return WHOLE_VOCABULARY
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -74,22 +75,21 @@ def lists_of(request: NewRequest) -> RowLists:
 
 
 def _biases(params: GenerationParams) -> tuple[Int64s, Float32s, tuple[BiasSequence, ...]]:
-    """Biases of single tokens as SequenceBiasLogitsProcessor takes them (the last one for a token counts), plus
-    `logit_bias`; then the longer sequences."""
-    single = {entry.token_ids[0]: entry.bias for entry in params.sequence_bias if len(entry.token_ids) == 1}
+    """Biases of single tokens, with `logit_bias` added, then the longer sequences. Of a sequence that is given twice the
+    last bias counts, as in SequenceBiasLogitsProcessor."""
+    biases = {tuple(entry.token_ids): entry.bias for entry in params.sequence_bias}
+    single = {sequence[0]: bias for sequence, bias in biases.items() if len(sequence) == 1}
     for token, bias in params.logit_bias.items():
         single[token] = single.get(token, 0.0) + bias
     index = {token: i for i, token in enumerate(single)}
     by_length: dict[int, list[BiasSequence]] = {}
-    for entry in params.sequence_bias:
-        if len(entry.token_ids) > 1:
-            *prefix, last = entry.token_ids
-            sequence = BiasSequence(np.array(prefix, np.int32), index.setdefault(last, len(index)), entry.bias)
+    for (*prefix, last), bias in biases.items():
+        if prefix:
+            sequence = BiasSequence(np.array(prefix, np.int32), index.setdefault(last, len(index)), bias)
             by_length.setdefault(len(prefix), []).append(sequence)
     values = np.zeros(len(index), np.float32)
     values[: len(single)] = list(single.values())
-    sequences = tuple(sequence for group in by_length.values() for sequence in group)
-    return np.array(list(index), np.int64), values, sequences
+    return np.array(list(index), np.int64), values, tuple(itertools.chain.from_iterable(by_length.values()))
 
 
 def _distinct(ids: Iterable[int]) -> Int64s:

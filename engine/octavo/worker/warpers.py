@@ -21,10 +21,8 @@ from torch import Tensor
 from octavo.step import Int32s
 from octavo.worker.features import Feature
 from octavo.worker.logits import divide
-from octavo.worker.request_states import SamplingParamArrays
+from octavo.worker.request_states import TOP_H_CANDIDATES, SamplingParamArrays
 
-TOP_H_CANDIDATES = 100
-"""TopHLogitsWarper looks at this many of the largest only."""
 VECTOR_WIDTH = 64
 """A multiple of the lanes of any CPU's softmax. A window keeps its columns' places modulo this, so that its sums are
 those of the whole sorted row, bit for bit."""
