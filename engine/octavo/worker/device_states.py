@@ -6,7 +6,6 @@ everything else the kernels advance by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -19,9 +18,12 @@ from torch import Tensor
 from octavo.step import Int32s, NewRequest, SchedulerOutput
 from octavo.types import LogprobKind
 from octavo.worker.features import features_of
+from octavo.worker.logits import begin_length
+from octavo.worker.row_lists import RowLists, lists_of
 
 Int64s = npt.NDArray[np.int64]
 
+NOTHING: Final = np.empty(0, np.int64)
 UNSIGNED_32: Final = 0xFFFFFFFF
 LOGPROB_KINDS: Final = {
     LogprobKind.RAW_LOGPROB: device.LogprobKind.RAW_LOGPROB,
@@ -72,20 +74,18 @@ class DeviceStates:
         table[: len(request.block_ids)] = request.block_ids
         self._write("block_table", slot, table)
         self._write("hist", slot, request.token_ids)
-        self._write("params", slot, self._params(request, uses))
-        self._write_bitmaps(request, uses)
+        lists = lists_of(request)
+        self._write("params", slot, self._params(request, uses, lists))
+        self._write_bitmaps(request, uses, lists)
         if uses & Feature.OUTPUT_PENALTY:
             self._write_counts(request)
-        if uses & Feature.BIAS:
-            bias = request.params.logit_bias
-            self._write("bias_ids", slot, list(bias))
-            self._write("bias_values", slot, np.array(list(bias.values()), np.float32).view(np.int32))
+        self._write_lists(slot, lists)
         if request.logprobs is not None:
             self._write("requested_ids", slot, request.logprobs.token_ids)
 
-    def _params(self, request: NewRequest, uses: Feature) -> Int32s:
+    def _params(self, request: NewRequest, uses: Feature, lists: RowLists) -> Int32s:
         """[NUM_PARAMS]; unset ones are neutral or not looked at."""
-        params = request.params
+        params, forced_bos = request.params, request.params.forced_bos_token_id
         words = np.zeros(NUM_PARAMS, np.int32)
         floats = words.view(np.float32)
         unsigned = words.view(np.uint32)
@@ -109,28 +109,66 @@ class DeviceStates:
         floats[Param.REPETITION_PENALTY] = _or(params.repetition_penalty, 1.0)
         floats[Param.FREQUENCY_PENALTY] = _or(params.frequency_penalty, 0.0)
         floats[Param.PRESENCE_PENALTY] = _or(params.presence_penalty, 0.0)
-        words[Param.NUM_BIASES] = len(params.logit_bias)
+        floats[Param.TOP_H] = _or(params.top_h, 1.0)
+        floats[Param.EPSILON_CUTOFF] = _or(params.epsilon_cutoff, 0.0)
+        floats[Param.ETA_CUTOFF] = _or(params.eta_cutoff, 0.0)
+        floats[Param.ENCODER_REPETITION_PENALTY] = 1.0 / _or(params.encoder_repetition_penalty, 1.0)
+        words[Param.MAX_LENGTH] = request.max_total_tokens
+        words[Param.NO_REPEAT_NGRAM_SIZE] = params.no_repeat_ngram_size or 0
+        words[Param.ENCODER_NO_REPEAT_NGRAM_SIZE] = params.encoder_no_repeat_ngram_size or 0
+        words[Param.FORCED_BOS] = -1 if forced_bos is None else forced_bos
+        words[Param.BEGIN_LENGTH] = begin_length(request.prompt_len, forced_bos)
+        if (decay := params.exponential_decay_length_penalty) is not None:
+            words[Param.DECAY_START] = decay.start_index
+            floats[Param.DECAY_FACTOR] = decay.factor
+        words[Param.NUM_BIASES] = len(lists.bias_ids)
+        words[Param.NUM_BIAS_SEQUENCES] = len(lists.bias_sequences)
+        words[Param.NUM_BAD_WORDS] = len(lists.bad_words)
         if request.logprobs is not None:
             words[Param.LOGPROB_KIND] = LOGPROB_KINDS[request.logprobs.kind]
             words[Param.NUM_TOP] = request.logprobs.num_top
             words[Param.NUM_REQUESTED] = len(request.logprobs.token_ids)
         return words
 
-    def _write_bitmaps(self, request: NewRequest, uses: Feature) -> None:
+    def _write_bitmaps(self, request: NewRequest, uses: Feature, lists: RowLists) -> None:
         slot = request.slot
-        self._write_sparse(slot, Bitmap.EOS, request.eos_token_ids)
-        self._write_sparse(slot, Bitmap.END, (*request.eos_token_ids, *request.stop_token_ids))
+        for bitmap, ids in (
+            (Bitmap.EOS, lists.eos),
+            (Bitmap.END, lists.end),
+            (Bitmap.BAN, lists.bans),
+            (Bitmap.FORCED_EOS, lists.forced_eos),
+            (Bitmap.SUPPRESS, lists.suppress),
+            (Bitmap.BEGIN_SUPPRESS, lists.begin_suppress),
+            (Bitmap.ALLOWED, NOTHING if lists.allowed is None else lists.allowed),
+        ):
+            self._write_sparse(slot, bitmap, ids)
         if uses & Feature.REPETITION_PENALTY:
             self._write_dense(slot, Bitmap.SEEN, request.token_ids)
+        if uses & Feature.ENCODER_REPETITION_PENALTY:
+            self._write_dense(slot, Bitmap.PROMPT_SEEN, request.token_ids[: request.prompt_len])
 
-    def _write_sparse(self, slot: int, bitmap: Bitmap, token_ids: Iterable[int]) -> None:
+    def _write_lists(self, slot: int, lists: RowLists) -> None:
+        if len(lists.bias_ids):
+            self._write("bias_ids", slot, lists.bias_ids)
+            self._write("bias_values", slot, lists.bias_values.view(np.int32))
+        words: list[int] = []
+        for sequence in lists.bias_sequences:
+            words += [len(sequence.prefix) + 1, sequence.last, _bits(sequence.bias), *sequence.prefix.tolist()]
+        if words:
+            self._write("bias_sequences", slot, words)
+        words = []
+        for word in lists.bad_words:
+            words += [len(word.prefix) + 1, word.last, 0, *word.prefix.tolist()]
+        if words:
+            self._write("bad_words", slot, words)
+
+    def _write_sparse(self, slot: int, bitmap: Bitmap, ids: Int64s) -> None:
         """A bitmap of few tokens, which no kernel changes: only words that differ from zero, now or before."""
-        ids = np.fromiter(token_ids, np.int64)
-        words = np.unique(ids // 32)
         before = self._set_words.pop((slot, bitmap), None)
-        touched = words if before is None else np.union1d(words, before)
-        if len(touched) == 0:
+        if len(ids) == 0 and before is None:
             return
+        words = np.unique(ids // 32)
+        touched = words if before is None else np.union1d(words, before)
         values = np.zeros(len(touched), np.uint32)
         np.bitwise_or.at(values, np.searchsorted(touched, ids // 32), np.uint32(1) << (ids % 32).astype(np.uint32))
         if len(words):
@@ -188,6 +226,10 @@ _PARTS: Final = (
 def _first_word(state: SlotState, part: str) -> int:
     tensor: Tensor = getattr(state, part)
     return int(tensor.storage_offset() - state.arena.storage_offset())
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
 
 
 def _or(value: float | None, default: float) -> float:

@@ -9,7 +9,7 @@ import functools
 import operator
 from typing import Final
 
-from octavo_kernels.state import Feature
+from octavo_kernels.state import Feature as Feature
 
 from octavo.step import NewRequest
 from octavo.types import GenerationParams

@@ -131,7 +131,8 @@ def _completions(source: Int32s, history: Int32s, size: int) -> Int64s:
         return np.empty(0, np.int64)
     windows = np.lib.stride_tricks.sliding_window_view(source, size)
     matches = (windows[:, :-1] == history[len(history) - (size - 1) :]).all(axis=1)
-    return windows[matches, -1].astype(np.int64)
+    completions: Int64s = windows[matches, -1].astype(np.int64)
+    return completions
 
 
 def _add_bad_words(scores: Tensor, rows: Int64s, slots: Int32s, states: RequestStates) -> None:

@@ -75,8 +75,8 @@ def lists_of(request: NewRequest) -> RowLists:
 
 
 def _biases(params: GenerationParams) -> tuple[Int64s, Float32s, tuple[BiasSequence, ...]]:
-    """Biases of single tokens, with `logit_bias` added, then the longer sequences. Of a sequence that is given twice the
-    last bias counts, as in SequenceBiasLogitsProcessor."""
+    """Biases of single tokens, with `logit_bias` added, then the longer sequences. Of a sequence that is given twice
+    the last bias counts, as in SequenceBiasLogitsProcessor."""
     biases = {tuple(entry.token_ids): entry.bias for entry in params.sequence_bias}
     single = {sequence[0]: bias for sequence, bias in biases.items() if len(sequence) == 1}
     for token, bias in params.logit_bias.items():
