@@ -8,7 +8,7 @@ seed, step and token (`octavo_kernels.philox`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -213,7 +213,7 @@ class DeviceRunner:
         rows: Int64s,
         record: Tensor,
         event: torch.cuda.Event | None,
-        values: Callable[[Iterable[int]], LogprobRows | None] | None,
+        values: Callable[[Sequence[int]], LogprobRows | None] | None,
         output: ModelRunnerOutput,
     ) -> ModelRunnerOutput:
         """Reads a step's record and brings the mirror up to it."""
