@@ -208,25 +208,7 @@ class SlotState:
         lists: ListSizes | None = None,
     ) -> SlotState:
         """Zeroed. Raises ValueError if the arena cannot be indexed with 32 bits."""
-        lists = lists or ListSizes()
-        rows = num_slots + 1
-        shapes: dict[str, tuple[int, ...]] = {
-            "length": (rows,),
-            "num_computed": (rows,),
-            "finished": (rows,),
-            "params": (rows, NUM_PARAMS),
-            "block_table": (rows, -(-n_positions // block_size)),
-            "hist": (rows, n_positions + 1),
-            "bitmaps": (rows, len(Bitmap), -(-vocab_size // 32)),
-            "num_counts": (rows,),
-            "count_ids": (rows, n_positions + 1),
-            "counts": (rows, n_positions + 1),
-            "bias_ids": (rows, lists.biases),
-            "bias_values": (rows, lists.biases),
-            "bias_sequences": (rows, lists.sequence_words),
-            "bad_words": (rows, lists.sequence_words),
-            "requested_ids": (rows, lists.requested),
-        }
+        shapes = _shapes(num_slots + 1, n_positions, block_size, vocab_size, lists or ListSizes())
         sizes = [_aligned(torch.Size(shape).numel()) for shape in shapes.values()]
         if sum(sizes) >= 2**31:
             raise ValueError(f"num_slots {num_slots}: the state would have {sum(sizes)} words, at most 2**31 - 1")
@@ -236,6 +218,35 @@ class SlotState:
             for (name, shape), part in zip(shapes.items(), arena.split(sizes), strict=True)
         }
         return SlotState(arena=arena, vocab_size=vocab_size, **parts)
+
+    @staticmethod
+    def bytes_per_slot(n_positions: int, block_size: int, vocab_size: int, lists: ListSizes | None = None) -> int:
+        """About: without what aligns the parts."""
+        shapes = _shapes(1, n_positions, block_size, vocab_size, lists or ListSizes())
+        return 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def _shapes(
+    rows: int, n_positions: int, block_size: int, vocab_size: int, lists: ListSizes
+) -> dict[str, tuple[int, ...]]:
+    """Of each part, in the order in which they lie in the arena."""
+    return {
+        "length": (rows,),
+        "num_computed": (rows,),
+        "finished": (rows,),
+        "params": (rows, NUM_PARAMS),
+        "block_table": (rows, -(-n_positions // block_size)),
+        "hist": (rows, n_positions + 1),
+        "bitmaps": (rows, len(Bitmap), -(-vocab_size // 32)),
+        "num_counts": (rows,),
+        "count_ids": (rows, n_positions + 1),
+        "counts": (rows, n_positions + 1),
+        "bias_ids": (rows, lists.biases),
+        "bias_values": (rows, lists.biases),
+        "bias_sequences": (rows, lists.sequence_words),
+        "bad_words": (rows, lists.sequence_words),
+        "requested_ids": (rows, lists.requested),
+    }
 
 
 def _aligned(num_words: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from octavo_kernels import reference
+from octavo_kernels.state import SlotState
 
 from octavo.checkpoint import ModelSpec
 from octavo.config import CacheConfig, SchedulerConfig
@@ -13,12 +14,15 @@ from octavo.errors import StartupError
 
 CPU_MEMORY = 1 << 30
 """Default size on the CPU, bytes."""
+SPLIT_TOKENS = 256
+"""Context of one program of decode attention: each leaves a partial result in fp32."""
 GPU_SHARE = 0.92
 """Part of the card's memory that octavo may use in all; the rest is the driver's and the allocator's slack."""
 
-SAMPLER_BYTES = 48
-"""Per logit, where a filter ranks the whole vocabulary: logits, scores, scaled, the subset, softmax and sum of 4 bytes
-each; sorted values and indices, 12, and as much again while they are sorted."""
+SAMPLER_BYTES = 8
+"""Per logit: the model's, in at most fp32, and the sampler's scores."""
+ROW_BYTES = 32 << 10
+"""Per request, about: candidates, partial results of attention, tables and records of a step."""
 
 
 class KVCache:
@@ -70,7 +74,7 @@ def num_blocks_that_fit(
     per_sequence = -(-(max_model_len - 1) // cache.block_size)  # nobody attends to the last token
     memory = cache.memory
     if not memory:
-        memory = _free_gpu_memory(spec, scheduler, dtype, device) if device.type == "cuda" else CPU_MEMORY
+        memory = _free_gpu_memory(spec, cache, scheduler, dtype, device) if device.type == "cuda" else CPU_MEMORY
     # More could never be used; the factor leaves room for cached prefixes of requests that have ended.
     num_blocks = min(memory // per_block - 1, 2 * scheduler.max_num_requests * per_sequence)
     if num_blocks < per_sequence:
@@ -82,22 +86,22 @@ def num_blocks_that_fit(
     return num_blocks
 
 
-def _free_gpu_memory(spec: ModelSpec, scheduler: SchedulerConfig, dtype: torch.dtype, device: torch.device) -> int:
+def _free_gpu_memory(
+    spec: ModelSpec, cache: CacheConfig, scheduler: SchedulerConfig, dtype: torch.dtype, device: torch.device
+) -> int:
     """Bytes left for the cache: what is free less what a step needs beside it."""
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, free - int((1 - GPU_SHARE) * total) - step_memory(spec, scheduler, dtype))
+    return max(0, free - int((1 - GPU_SHARE) * total) - step_memory(spec, scheduler, cache.block_size, dtype))
 
 
-def step_memory(spec: ModelSpec, scheduler: SchedulerConfig, dtype: torch.dtype) -> int:
-    """Bytes that the largest step takes on a GPU, with the reference ops.
+def step_memory(spec: ModelSpec, config: SchedulerConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that the runner allocates beside weights and cache, on a GPU.
 
-    Per token residual, its norm, qkv, attention and the MLP's inner states; attention's workspace, or what a chunk as
-    long as the context takes; the sampler's copies of the logits.
+    Per token of a step: residual, its norm, qkv, attention, what is added, and the MLP's inner state. Per request: the
+    sampler's rows and the request's state.
     """
-    tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_requests)
-    activations = tokens * (6 * spec.n_embd + 2 * spec.inner_size) * dtype.itemsize
-    itemsize = 4 if spec.reorder_and_upcast_attn else dtype.itemsize
-    chunk = min(tokens, spec.n_positions)
-    prefill = reference.attention_bytes(spec.n_head, spec.head_size, chunk, spec.n_positions, itemsize)
-    logits = scheduler.max_num_requests * spec.vocab_size * SAMPLER_BYTES
-    return activations + max(reference.ATTENTION_WORKSPACE, prefill) + logits
+    tokens = max(config.max_num_batched_tokens, config.max_num_requests)
+    activations = tokens * (7 * spec.n_embd + 2 * spec.inner_size) * dtype.itemsize
+    splits = -(-spec.n_positions // SPLIT_TOKENS) * spec.n_embd * 4
+    state = SlotState.bytes_per_slot(spec.n_positions, block_size, spec.vocab_size)
+    return activations + config.max_num_requests * (spec.vocab_size * SAMPLER_BYTES + splits + state + ROW_BYTES)
