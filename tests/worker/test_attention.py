@@ -11,6 +11,7 @@ from octavo.errors import StartupError
 from octavo.worker.kv_cache import CPU_MEMORY, KVCache, num_blocks_that_fit, step_memory
 from octavo_kernels import reference
 from octavo_kernels.cpu.attention import PagedAttention
+from octavo_kernels.state import SlotState
 
 HEADS, SIZE = 3, 32
 WIDTH = HEADS * SIZE
@@ -188,13 +189,15 @@ def test_the_cache_is_as_large_as_asked_and_never_larger_than_useful():
     assert (large + 1) * KVCache.bytes_per_block(gpt2, 16, torch.float32) <= CPU_MEMORY
 
 
-def test_a_gpu_keeps_memory_for_attention_and_for_ranking_all_logits():
-    scheduler = SchedulerConfig(max_num_requests=256, max_num_batched_tokens=2048)
+def test_a_gpu_keeps_memory_for_the_largest_step_and_for_the_state_of_all_requests():
     large = ModelSpec(n_embd=1280, n_layer=36, n_head=20)
-    chunk = 1024 * (7 * 1280 * 2 + 16 * 20 * 1024)
-    assert step_memory(large, scheduler, torch.bfloat16) == 2048 * 14 * 1280 * 2 + chunk + 256 * 50257 * 48
+    state = SlotState.bytes_per_slot(1024, 32, 50257)
+    per_request = 50257 * 8 + 4 * 1280 * 4 + state + (32 << 10)
+    scheduler = SchedulerConfig(max_num_requests=256, max_num_batched_tokens=2048)
+    per_token = (7 * 1280 + 2 * 5120) * 2
+    assert step_memory(large, scheduler, 32, torch.bfloat16) == 2048 * per_token + 256 * per_request
     short = SchedulerConfig(max_num_requests=2, max_num_batched_tokens=64)
-    assert step_memory(large, short, torch.bfloat16) == 64 * 14 * 1280 * 2 + (256 << 20) + 2 * 50257 * 48
+    assert step_memory(large, short, 32, torch.bfloat16) == 64 * per_token + 2 * per_request
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused_with_the_size_it_needs():
