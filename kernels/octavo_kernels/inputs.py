@@ -207,8 +207,8 @@ def prepare(
     check_tensor("out.slot_mapping", out.slot_mapping, torch.int64, (num_tokens,), device)
     check_tensor("out.seq_lens", out.seq_lens, torch.int32, (num_rows,), device)
     check_tensor("out.block_tables", out.block_tables, torch.int32, (num_rows, table_width), device)
-    if block_size < 1 or (block_size & (block_size - 1)):
-        raise ValueError(f"block_size: {block_size} is not a power of two")
+    if block_size < 1:
+        raise ValueError(f"block_size: {block_size} is not positive")
     if table_width != -(-(state.hist.shape[1] - 1) // block_size):
         raise ValueError(f"block_size: {block_size} does not fit block tables of {table_width} blocks")
     if num_blocks < 1:
@@ -273,7 +273,9 @@ def copy_blocks(cache: Tensor, sources: Tensor, destinations: Tensor) -> None:
     of -1, are skipped. Raises ValueError naming an argument of another type, shape or stride.
     """
     if cache.dim() != 6 or cache.shape[1] != 2 or not cache.is_contiguous():
-        raise ValueError(f"cache: shape {tuple(cache.shape)} strides {cache.stride()}, not contiguous [L, 2, N, H, S, D]")
+        raise ValueError(
+            f"cache: shape {tuple(cache.shape)} strides {cache.stride()}, not contiguous [L, 2, N, H, S, D]"
+        )
     num_pairs = sources.numel()
     check_tensor("sources", sources, torch.int32, (num_pairs,), cache.device)
     check_tensor("destinations", destinations, torch.int32, (num_pairs,), cache.device)

@@ -3,6 +3,7 @@
 `model` has the ops of the forward pass, `inputs` what prepares a step, `history` and `sampling` the choice of tokens.
 """
 
+from octavo_kernels.reference.inputs import apply_diffs, prepare
 from octavo_kernels.reference.model import (
     ATTENTION_WORKSPACE,
     attention_bytes,
@@ -16,6 +17,7 @@ from octavo_kernels.reference.model import (
 
 __all__ = [
     "ATTENTION_WORKSPACE",
+    "apply_diffs",
     "attention_bytes",
     "copy_blocks",
     "embed",
@@ -23,4 +25,5 @@ __all__ = [
     "layer_norm",
     "linear",
     "paged_attention",
+    "prepare",
 ]
