@@ -6,6 +6,7 @@
 from octavo_kernels.reference.inputs import apply_diffs, prepare
 from octavo_kernels.reference.model import (
     ATTENTION_WORKSPACE,
+    add_layer_norm,
     attention_bytes,
     copy_blocks,
     embed,

@@ -40,6 +40,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
+def add_layer_norm(residual: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """residual += delta in place, rounded to its type; returns `layer_norm` of the sum.
+
+    residual, delta: [T, E], rows contiguous, of one type; weight, bias: [E] of that type. Returns [T, E] contiguous.
+    """
+    return layer_norm(residual.add_(delta), weight, bias, eps)
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None = None, residual: Tensor | None = None
 ) -> Tensor:
