@@ -1,18 +1,19 @@
 """What prepares a step on the device: changes from the host, the inputs of the forward pass, copies of blocks.
 
-Log (variants tried, what they gave). No GPU was at hand: registers and spills are the compiler's for sm_90, times are
-predictions, not measured.
+Log (variants tried, what they gave). No GPU was at hand: registers are the compiler's for sm_90 (Triton 3.7.1, no
+variant spills), times are predictions, not measured.
 
-- apply_diffs: one thread per word, 512 words per program. No order among the words of a step, so the host sends none
-  twice. Bound by scattered 4-byte stores: ~2 us for the 10k words of an admission.
-- prepare: one program per row and one for the tokens after the last row; each finishes in one or two dependent loads,
-  ~3 us whatever the batch. Tried: one program per tile of tokens with a search for its row: more parallel for long
-  chunks, but a second kernel must then advance num_computed. A chunk of 1024 tokens is 4 turns of the loop.
+- apply_diffs: one thread per 4 words, 512 words per program; 29 registers. No order among the words of a step, so the
+  host sends none twice. Bound by scattered 4-byte stores: ~2 us for the 10k words of an admission.
+- prepare: one program per row and one for the tokens after the last row; 32 registers. Each ends after two or three
+  dependent loads, ~3 us whatever the batch. Not chosen: one program per tile of tokens with a search for its row, more
+  parallel for long chunks, but another kernel must then advance num_computed. 1024 tokens are 4 turns of the loop.
 - copy_blocks: chains (a -> b, b -> c) and cycles need all reads before all writes. A scratch buffer costs twice the
   traffic and 6 MB a block for gpt2-large; an order made by the host cannot serve cycles. Chosen: a program owns the
-  same slice of *all* the blocks in one layer, so what it must read before it writes fits its registers (32 KB: 64 KB
-  did not raise the predicted bandwidth and took 128 registers); the slice shrinks as the number of pairs grows. One
-  pair of a gpt2-large block (32 slots) is 11.8 MB of traffic, ~5 us predicted.
+  same slice of *all* the blocks in one layer's keys or values, so what it must read before it writes fits its
+  registers; the slice shrinks as the number of pairs grows. 32 KB in 8 warps: 40-54 registers, 8 16-byte loads in
+  flight per thread; 64 KB: 80-106 registers, half the occupancy for the same bytes in flight. One pair of gpt2-large
+  (32 slots) is 720 programs and 11.8 MB of traffic, ~5 us.
 """
 
 from __future__ import annotations
