@@ -24,13 +24,12 @@ from octavo_kernels.checks import (
     require_floats,
     row_stride,
 )
+from octavo_kernels.fp8 import encode_e4m3
 from octavo_kernels.variant import Variant
 
 FP8: Final = torch.float8_e4m3fn
 """The quantised cache's type: it holds value / scale, between -448 and 448."""
 BLOCK_SIZES: Final = (16, 32, 64)
-
-_FP8_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -48,7 +47,7 @@ def kv_write_kernel(
     HEAD_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,  # S
     TILE: tl.constexpr,  # power of 2, at least E
-    SCALED: tl.constexpr,  # an fp8 cache
+    SCALED: tl.constexpr,  # an fp8 cache, passed as bytes
 ):
     token = tl.program_id(0).to(tl.int64)
     half = tl.program_id(1)
@@ -60,8 +59,7 @@ def kv_write_kernel(
     live = cols < WIDTH
     x = tl.load(qkv_ptr + token * stride_qkv + (1 + half) * WIDTH + cols, mask=live, other=0.0)
     if SCALED:
-        x = x.to(tl.float32) / tl.where(half == 0, k_scale, v_scale)
-        x = tl.where(x > _FP8_MAX, _FP8_MAX, tl.where(x < -_FP8_MAX, -_FP8_MAX, x))  # NaN stays
+        x = encode_e4m3(x.to(tl.float32) / tl.where(half == 0, k_scale, v_scale))
     place = half.to(tl.int64) * stride_half + slot // BLOCK * stride_block + slot % BLOCK * HEAD_SIZE
     within = cols // HEAD_SIZE * (BLOCK * HEAD_SIZE) + cols % HEAD_SIZE
     tl.store(cache_ptr + place + within, x.to(cache_ptr.dtype.element_ty), mask=live)
@@ -83,9 +81,10 @@ def kv_write(
     if num_tokens == 0:
         return
     _, num_blocks, num_heads, block_size, head_size = layer_cache.shape
+    scaled = layer_cache.dtype == FP8
     kv_write_kernel[(num_tokens, 2)](
         qkv,
-        layer_cache,
+        layer_cache.view(torch.uint8) if scaled else layer_cache,
         slot_mapping,
         num_blocks * block_size,
         row_stride(qkv),
@@ -97,7 +96,7 @@ def kv_write(
         HEAD_SIZE=head_size,
         BLOCK=block_size,
         TILE=triton.next_power_of_2(num_heads * head_size),
-        SCALED=layer_cache.dtype == FP8,
+        SCALED=scaled,
         num_warps=4,
         enable_fp_fusion=False,
     )
@@ -142,14 +141,14 @@ def compile_variants() -> list[Variant]:
         ("fp16", "fp16", 20, 32),
         ("fp32", "fp32", 20, 32),
         ("bf16", "bf16", 25, 32),
-        ("bf16", "fp8e4nv", 20, 32),
+        ("bf16", "u8", 20, 32),
     ):
         signature = dict(zip(pointers, (f"*{kind}", f"*{cache}", "*i64"), strict=True))
         signature |= dict.fromkeys(numbers, "i32") | {"k_scale": "fp32", "v_scale": "fp32"}
-        values = (heads, 64, block, triton.next_power_of_2(heads * 64), cache == "fp8e4nv")
+        values = (heads, 64, block, triton.next_power_of_2(heads * 64), cache == "u8")
         variants.append(
             Variant(
-                name=f"kv_write {kind} to {cache} heads{heads} block{block}",
+                name=f"kv_write {kind} to {cache.replace('u8', 'fp8')} heads{heads} block{block}",
                 kernel=kv_write_kernel,
                 signature=signature | dict.fromkeys(constants, "constexpr"),
                 constexprs=dict(zip(constants, values, strict=True)),
