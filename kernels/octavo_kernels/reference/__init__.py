@@ -3,6 +3,7 @@
 `model` has the ops of the forward pass, `inputs` what prepares a step, `history` and `sampling` the choice of tokens.
 """
 
+from octavo_kernels.reference.history import apply_history
 from octavo_kernels.reference.inputs import apply_diffs, prepare
 from octavo_kernels.reference.model import (
     ATTENTION_WORKSPACE,
@@ -19,6 +20,7 @@ from octavo_kernels.reference.model import (
 __all__ = [
     "ATTENTION_WORKSPACE",
     "apply_diffs",
+    "apply_history",
     "attention_bytes",
     "copy_blocks",
     "embed",
