@@ -11,6 +11,7 @@ Log
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,8 @@ from octavo_kernels.checks import (
 from octavo_kernels.gemm_plan import GemmPlan, choose, invariant_plan, skinny_plan
 from octavo_kernels.variant import Variant
 
-_SUM_TILE = 512
+_SUM_TILE: Final = 512
+"""Outputs of one program of the kernel that adds the parts of K."""
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -52,7 +54,7 @@ def gemm_kernel(
     SPLITS: tl.constexpr,
     EVEN_K: tl.constexpr,  # TILE_K divides K
     ACTIVATION: tl.constexpr,
-    WIDEN: tl.constexpr,  # multiply in fp32: the interpreter cannot multiply bf16
+    FORM: tl.constexpr,  # how the tiles are multiplied: "dot" on GPUs, see _form
 ):
     """Grid (M tiles, O tiles, SPLITS): programs that share weights run together, and x stays in L2."""
     first_m = tl.program_id(0) * TILE_M
@@ -78,10 +80,13 @@ def gemm_kernel(
             weight = tl.load(weight_ptr + weight_rows[:, None] * k + at[None, :], mask=within[None, :], other=0.0)
             mask = live[None, :] & within[:, None]
             x = tl.load(x_ptr + rows[None, :] * stride_x + at[:, None], mask=mask, other=0.0)
-        if WIDEN:
-            weight = weight.to(tl.float32)
-            x = x.to(tl.float32)
-        acc = tl.dot(weight, x, acc, input_precision="ieee")
+        if FORM == "dot":
+            acc = tl.dot(weight, x, acc, input_precision="ieee")
+        elif FORM == "widened dot":
+            acc = tl.dot(weight.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+        else:
+            tl.static_assert(FORM == "sum")
+            acc += tl.sum(weight.to(tl.float32)[:, :, None] * x.to(tl.float32)[None, :, :], 1)
     y = tl.trans(acc)  # [TILE_M, TILE_O]
     known = first_o + cols < o
     mask = live[:, None] & known[None, :]
@@ -163,7 +168,7 @@ def linear(
     if out is None:
         out = torch.empty(m, o, dtype=x.dtype, device=x.device)
     if m and o:
-        _launch(x, weight, bias, activation, residual, out, plan, workspace)
+        _launch(x, weight, bias, activation, residual, out, plan, workspace, _form(x, batch_invariant))
     return out
 
 
@@ -178,6 +183,16 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+def _form(x: Tensor, batch_invariant: bool) -> str:
+    """A GPU multiplies tiles with tl.dot. In the interpreter that is NumPy's product, which takes bf16 for integers and
+    whose sums depend on a row's place among the others: bf16 is widened there, and invariance needs plain sums."""
+    if x.device.type != "cpu":
+        return "dot"
+    if batch_invariant:
+        return "sum"
+    return "widened dot" if x.dtype == torch.bfloat16 else "dot"
+
+
 def _launch(
     x: Tensor,
     weight: Tensor,
@@ -187,6 +202,7 @@ def _launch(
     out: Tensor,
     plan: GemmPlan,
     workspace: Tensor | None,
+    form: str,
 ) -> None:
     m, k = x.shape
     o = weight.shape[0]
@@ -217,7 +233,7 @@ def _launch(
         SPLITS=plan.splits,
         EVEN_K=k % plan.tile_k == 0,
         ACTIVATION="none" if split else kind,
-        WIDEN=x.device.type == "cpu" and x.dtype == torch.bfloat16,
+        FORM=form,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         enable_fp_fusion=True,
@@ -297,3 +313,88 @@ def _check(
         require_contiguous("workspace", workspace)
         if workspace.device != x.device:
             raise ValueError(f"workspace: on {workspace.device}, not on {x.device}")
+
+
+def compile_variants() -> list[Variant]:
+    """What the engine launches: gpt2-large's linears of a decode step, the demo model's, and batch-invariant mode's."""
+    shapes = {"qkv": (3840, 1280), "fc": (5120, 1280), "proj2": (1280, 5120), "proj": (1280, 1280)}
+    shapes["lm_head"] = (50304, 1280)
+    demo = {"demo qkv": (768, 256), "demo fc": (1024, 256), "demo lm_head": (4096, 256)}
+    variants = []
+    for kind, dtype, sizes in (
+        ("bf16", torch.bfloat16, shapes | demo),
+        ("fp16", torch.float16, shapes),
+        ("fp32", torch.float32, shapes),
+    ):
+        for name, (o, k) in sizes.items():
+            bias = not name.endswith("lm_head")
+            activation = "gelu_tanh" if name.endswith("fc") else "none"
+            skinny, invariant = skinny_plan(o, k, dtype), invariant_plan(o, k, dtype)
+            variants += _variants(f"skinny {name}", kind, k, skinny, bias, activation)
+            if name in ("qkv", "fc", "lm_head"):
+                variants += _variants(f"invariant {name}", kind, k, invariant, bias, activation)
+        variants += _variants("residual", kind, 1280, skinny_plan(1280, 1280, dtype), True, "none", residual=True)
+    return variants
+
+
+def _variants(
+    name: str, kind: str, k: int, plan: GemmPlan, bias: bool, activation: str, residual: bool = False
+) -> list[Variant]:
+    """The GEMM and, for a plan that splits K, the kernel that adds the parts."""
+    split = plan.splits > 1
+    tiles = {"TILE_M": plan.tile_m, "TILE_O": plan.tile_o, "TILE_K": plan.tile_k, "SPLITS": plan.splits}
+    tiles |= {"EVEN_K": k % plan.tile_k == 0, "ACTIVATION": "none" if split else activation, "FORM": "dot"}
+    out = "fp32" if split else kind
+    epilogue = {"bias_ptr": bias and not split, "residual_ptr": residual and not split}
+    wgmma = plan.tile_o >= 64 and kind != "fp32"
+    variants = [
+        _variant(
+            f"linear/{name} {kind} {plan.tile_m}x{plan.tile_o}x{plan.tile_k}",
+            gemm_kernel,
+            {"x_ptr": kind, "weight_ptr": kind, "bias_ptr": kind, "residual_ptr": kind, "out_ptr": out},
+            epilogue,
+            tiles,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+            mma=None if kind == "fp32" else "wgmma" if wgmma else "mma",
+        )
+    ]
+    if split:
+        variants.append(
+            _variant(
+                f"linear/{name} {kind} sum of {plan.splits}",
+                sum_splits_kernel,
+                {"partial_ptr": "fp32", "bias_ptr": kind, "residual_ptr": kind, "out_ptr": kind},
+                {"bias_ptr": bias, "residual_ptr": residual},
+                {"TILE": _SUM_TILE, "SPLITS": plan.splits, "ACTIVATION": activation},
+            )
+        )
+    return variants
+
+
+def _variant(
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    optional: dict[str, bool],
+    constants: dict[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    mma: str | None = None,
+) -> Variant:
+    """pointers: argument -> type; optional: which of them may be None -> whether they are there. The other arguments
+    are integers, all but m multiples of 16."""
+    absent = {argument: None for argument, there in optional.items() if not there}
+    constants = constants | absent
+    kinds = {argument: f"*{kind}" for argument, kind in pointers.items()} | dict.fromkeys(constants, "constexpr")
+    return Variant(
+        name=name,
+        kernel=kernel,
+        signature={argument: kinds.get(argument, "i32") for argument in kernel.arg_names},
+        constexprs=constants,
+        divisible=frozenset(set(kernel.arg_names) - set(constants) - {"m"}),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        fp_fusion=True,
+        mma=mma,
+    )
