@@ -1,0 +1,82 @@
+"""GPT-2 on the kernels against GPT-2 on the CPU path: the same weights, batches and cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from octavo.checkpoint import ModelSpec
+from octavo.worker.gpt2 import GPT2
+from octavo.worker.gpt2_triton import DeviceBatch, TritonGPT2
+from octavo.worker.kv_cache import KVCache
+from octavo.worker.weights import expected_shapes
+from octavo_kernels.paged_attention import prefill_tiles
+from worker.paged import make_batch
+
+BLOCK_SIZE = 16
+SPEC = ModelSpec(n_embd=64, n_layer=2, n_head=2, vocab_size=301, n_positions=96)
+VARIANTS = {
+    "plain": SPEC,
+    "head size 20, untied scale": ModelSpec(
+        n_embd=40, n_layer=2, n_head=2, vocab_size=301, n_positions=96, scale_attn_by_inverse_layer_idx=True
+    ),
+    "upcast, relu": ModelSpec(
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        vocab_size=301,
+        n_positions=96,
+        reorder_and_upcast_attn=True,
+        activation_function="relu",
+    ),
+}
+
+
+def random_weights(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: shape for name, shape in expected_shapes(spec).items() if name != "lm_head.weight"}
+    weights = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+    return {name: weight + (name.endswith(("ln_1.weight", "ln_2.weight"))) for name, weight in weights.items()}
+
+
+def on_kernels(batch) -> DeviceBatch:
+    rows, starts = prefill_tiles(batch.query_start_loc_np, batch.num_decode_rows)
+    return DeviceBatch(
+        input_ids=batch.input_ids.int(),
+        positions=batch.positions.int(),
+        slot_mapping=batch.slot_mapping,
+        query_start_loc=batch.query_start_loc,
+        seq_lens=batch.seq_lens,
+        block_tables=batch.block_tables,
+        num_decode_rows=batch.num_decode_rows,
+        tile_rows=torch.from_numpy(rows) if len(rows) else None,
+        tile_starts=torch.from_numpy(starts) if len(rows) else None,
+    )
+
+
+@pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.keys())
+def test_prefill_chunks_and_decode_rows_give_the_logits_of_the_cpu_path(spec: ModelSpec):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cpu = torch.device("cpu")
+    expected_model = GPT2(spec, random_weights(spec), device=cpu, dtype=torch.float32)
+    model = TritonGPT2(spec, random_weights(spec), device=device, dtype=torch.float32)
+    model.reserve(4)
+    expected_cache = KVCache(spec, 30, BLOCK_SIZE, dtype=torch.float32, device=cpu)
+    cache = KVCache(spec, 30, BLOCK_SIZE, dtype=torch.float32, device=device)
+    cache.data[:, :, 1:] = float("nan")
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randint(0, spec.vocab_size, (90,), generator=generator) for _ in range(3)]
+    tables = [np.arange(1 + 6 * i, 7 + 6 * i, dtype=np.int32)[::-1].copy() for i in range(3)]
+    steps = [
+        [(0, 0, 40), (1, 0, 17)],
+        [(0, 40, 41), (1, 17, 33), (2, 0, 80)],
+        [(0, 41, 42), (2, 80, 81), (1, 33, 34)],
+    ]
+    for step in steps:
+        rows = [(tokens[i][start:end], start, tables[i]) for i, start, end in step]
+        batch = make_batch(rows, BLOCK_SIZE)
+        expected = expected_model.logits(expected_model.forward(batch, expected_cache))
+        moved = on_kernels(make_batch(rows, BLOCK_SIZE, device))
+        found = model.logits(model.forward(moved, cache))
+        assert found.shape[1] == 320
+        torch.testing.assert_close(found[:, : spec.vocab_size].cpu(), expected, rtol=1e-4, atol=1e-4)
