@@ -57,11 +57,42 @@ class ExponentialDecay(msgspec.Struct, frozen=True):
     factor: float
 
 
+class SeedingScheme(enum.IntEnum):
+    """What seeds a green list: the preceding token, or the candidate itself."""
+
+    LEFTHASH = 1
+    SELFHASH = 2
+
+
+class GreenListWatermark(msgspec.Struct, frozen=True, kw_only=True):
+    greenlist_ratio: float | None = None
+    bias: float | None = None
+    hashing_key: int | None = None
+    seeding_scheme: SeedingScheme | None = None
+    context_width: int | None = None
+
+
+class SynthIdWatermark(msgspec.Struct, frozen=True, kw_only=True):
+    ngram_len: int
+    keys: list[int]
+    context_history_size: int | None = None
+    sampling_table_seed: int | None = None
+    sampling_table_size: int | None = None
+    skip_first_ngram_calls: bool | None = None
+
+
+class Watermark(msgspec.Struct, frozen=True, kw_only=True):
+    """Exactly one of the two is set."""
+
+    green_list: GreenListWatermark | None = None
+    synth_id: SynthIdWatermark | None = None
+
+
 class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to generate. One field per field of the wire's GenerationParams, unset is None.
 
     Not here yet, because nothing honours them and the validator rejects them by name: negative_prompt,
-    watermarking_config, structured_output.
+    structured_output.
     """
 
     # Length and stopping
@@ -112,6 +143,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     remove_invalid_values: bool | None = None
     renormalize_logits: bool | None = None
     guidance_scale: float | None = None
+    watermarking_config: Watermark | None = None
     # The rest
     bos_token_id: int | None = None
     token_healing: bool | None = None
@@ -144,6 +176,7 @@ SUPPORTED_PARAMS: Final[frozenset[str]] = frozenset(
         "frequency_penalty",
         "presence_penalty",
         "logit_bias",
+        "watermarking_config",
         "bos_token_id",
     }
 )

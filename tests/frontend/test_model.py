@@ -37,7 +37,7 @@ def test_request_wins_over_the_file_and_the_file_over_the_global_default() -> No
         ("no_repeat_ngram_size", 2),
         ("suppress_tokens", [1]),
         ("penalty_alpha", 0.6),
-        ("watermarking_config", {}),
+        ("watermarking_config", {"greenlist": 1}),
         ("output_hidden_states", True),
         ("temperature", -1),
         ("top_p", 1.5),

@@ -12,9 +12,18 @@ from typing import Any, Final
 import msgspec
 
 from octavo.config import Limits
-from octavo.errors import StartupError
+from octavo.errors import RequestError, StartupError
 from octavo.frontend.validation import UNSUPPORTED_NEUTRAL, param_ranges, show
-from octavo.types import SUPPORTED_PARAMS, GenerationParams, LogprobKind, OutputOptions, PromptOptions, StopStringOutput
+from octavo.frontend.watermarks import resolve_watermark, watermark_of_file
+from octavo.types import (
+    SUPPORTED_PARAMS,
+    GenerationParams,
+    LogprobKind,
+    OutputOptions,
+    PromptOptions,
+    StopStringOutput,
+    Watermark,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +125,8 @@ def checkpoint_params(raw: dict[str, Any], vocab_size: int) -> GenerationParams:
             values[name] = _token_ids(name, value, vocab_size)
         elif name == "stop_strings":
             values[name] = _stop_strings(value)
+        elif name == "watermarking_config":
+            values[name] = None if value is None else _watermark(value)
         elif name in _ENCODER_DECODER:
             _log.info("generation_config.json: %s is of encoder-decoder models and does nothing here", name)
         elif name not in _WITHOUT_EFFECT and not _is_neutral(name, value):
@@ -147,6 +158,8 @@ def resolve_params(request: GenerationParams, checkpoint: GenerationParams) -> G
     values = _set_fields(GLOBAL_DEFAULTS) | inherited | own
     if values["temperature"] == 0:
         values["do_sample"] = False
+    if "watermarking_config" in values:
+        values["watermarking_config"] = resolve_watermark(values["watermarking_config"])
     return GenerationParams(**values)
 
 
@@ -210,6 +223,13 @@ def _stop_strings(value: Any) -> list[str]:
     if not isinstance(strings, list) or not all(isinstance(string, str) and string for string in strings):
         raise _unusable("stop_strings", "must be strings that are not empty")
     return strings
+
+
+def _watermark(value: Any) -> Watermark:
+    try:
+        return watermark_of_file(value)
+    except (ValueError, RequestError) as error:
+        raise _unusable("watermarking_config", str(error)) from None
 
 
 def _is_neutral(name: str, value: Any) -> bool:

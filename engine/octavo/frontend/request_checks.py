@@ -24,6 +24,7 @@ from octavo.frontend.validation import (
     show,
     utf8_length,
 )
+from octavo.frontend.watermarks import check_watermark
 from octavo.types import (
     GenerateRequest,
     GenerationParams,
@@ -140,6 +141,8 @@ class RequestChecker:
         if not isinstance(params.stop_string_output, StopStringOutput | None):
             violations.add("params.stop_string_output", f"has no value {show(params.stop_string_output)}")
         self._check_logit_bias(violations, params.logit_bias)
+        if params.watermarking_config is not None:
+            check_watermark(violations, "params.watermarking_config", params.watermarking_config)
         return wrong
 
     def _check_ids(self, violations: Violations, path: str, token_ids: list[int], limit: int) -> None:

@@ -25,6 +25,9 @@ _WIRE_MESSAGE: dict[type[msgspec.Struct], type[Message]] = {
     types.Prompt: types_pb2.Prompt,
     types.SequenceBias: types_pb2.SequenceBias,
     types.ExponentialDecay: types_pb2.ExponentialDecay,
+    types.Watermark: types_pb2.Watermark,
+    types.GreenListWatermark: types_pb2.GreenListWatermark,
+    types.SynthIdWatermark: types_pb2.SynthIdWatermark,
     Limits: model_pb2.Limits,
 }
 

@@ -46,6 +46,9 @@ STRUCTS: Final[dict[str, type[msgspec.Struct]]] = {
     "octavo.v1.GenerationParams": types.GenerationParams,
     "octavo.v1.SequenceBias": types.SequenceBias,
     "octavo.v1.ExponentialDecay": types.ExponentialDecay,
+    "octavo.v1.Watermark": types.Watermark,
+    "octavo.v1.GreenListWatermark": types.GreenListWatermark,
+    "octavo.v1.SynthIdWatermark": types.SynthIdWatermark,
     "octavo.v1.OutputOptions": types.OutputOptions,
     "octavo.v1.PromptOptions": types.PromptOptions,
     "octavo.v1.CacheOptions": types.CacheOptions,
@@ -56,6 +59,7 @@ ENUMS: Final[dict[str, type[enum.IntEnum]]] = {
     "octavo.v1.EarlyStopping": types.EarlyStopping,
     "octavo.v1.StopStringOutput": types.StopStringOutput,
     "octavo.v1.LogprobKind": types.LogprobKind,
+    "octavo.v1.GreenListWatermark.SeedingScheme": types.SeedingScheme,
 }
 """Our type of each enum; numbers are the same and 0 is unset."""
 

@@ -23,6 +23,8 @@ PROCESSORS: Final = Feature(Feature.SAMPLE - 1)
 """The bits before SAMPLE: what acts on greedy rows too."""
 RANKED: Final = Feature.TOP_H | Feature.TOP_K | Feature.TOP_P
 """Warpers that look at tokens in order of their logits."""
+WATERMARK: Final = Feature(1 << 27)
+"""Step 26: acts on greedy rows too, and after the filters when sampling. No kernel knows it."""
 FILTERS: Final = RANKED | Feature.MIN_P | Feature.TYPICAL_P | Feature.EPSILON_CUTOFF | Feature.ETA_CUTOFF
 """Warpers that drop tokens."""
 
@@ -51,6 +53,7 @@ def features_of(request: NewRequest) -> Feature:
                 (Feature.DECAY, params.exponential_decay_length_penalty is not None and request.eos_token_ids),
                 (Feature.SUPPRESS, params.suppress_tokens),
                 (Feature.BEGIN_SUPPRESS, params.begin_suppress_tokens),
+                (WATERMARK, params.watermarking_config is not None),
                 (Feature.RENORMALIZE, params.renormalize_logits),
                 (Feature.LOGPROBS, request.logprobs is not None),
             )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from octavo.step import Bools, Int32s, LogprobSpec, NewRequest, SchedulerOutput, UInt8s
 from octavo.types import FinishReason, GenerationParams
-from octavo.worker.features import FILTERS, PROCESSORS, Feature, features_of
+from octavo.worker.features import FILTERS, PROCESSORS, WATERMARK, Feature, features_of
 from octavo.worker.row_lists import RowLists, lists_of
 
 Int64s = npt.NDArray[np.int64]
@@ -82,7 +82,7 @@ def _or(value: float | None, default: float) -> float:
 def _window(uses: Feature, top_k: int, vocab_size: int) -> int:
     if not uses & FILTERS:
         return NO_FILTER
-    if uses & Feature.TOP_K:
+    if uses & Feature.TOP_K and not uses & WATERMARK:
         least = max(top_k + 1, TOP_H_CANDIDATES if uses & Feature.TOP_H else 0)
         for window in WINDOWS:
             if least <= window <= vocab_size:
@@ -117,7 +117,7 @@ class RequestStates:
         # Lists, for the rows that have any
         self.lists: dict[int, RowLists] = {}
         self.params: dict[int, GenerationParams] = {}
-        """Lists and parameters of the slots that use a processor."""
+        """Lists of the slots that use a processor, parameters of those that use a processor or a watermark."""
         self.logprobs: dict[int, LogprobSpec] = {}
         self.prompt_logprobs: dict[int, int] = {}
         """Number of top tokens by slot, for the slots that asked."""
@@ -162,6 +162,7 @@ class RequestStates:
         slot, uses = request.slot, self.sampling.features[request.slot]
         if uses & PROCESSORS:
             self.lists[slot] = lists_of(request)
+        if uses & (PROCESSORS | WATERMARK):
             self.params[slot] = request.params
         if request.logprobs is not None:
             self.logprobs[slot] = request.logprobs

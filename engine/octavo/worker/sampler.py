@@ -18,12 +18,13 @@ from torch import Tensor
 
 from octavo.errors import Reason
 from octavo.step import Bools, Int32s, LogprobRows
-from octavo.worker.features import FILTERS, PROCESSORS, RANKED, Feature
+from octavo.worker.features import FILTERS, PROCESSORS, RANKED, WATERMARK, Feature
 from octavo.worker.logits import process_logits
 from octavo.worker.logprobs import RAW, gather_logprobs, join_logprob_rows
 from octavo.worker.noise import Noise
 from octavo.worker.request_states import WHOLE_VOCABULARY, WINDOWS, Float32s, Int64s, RequestStates
 from octavo.worker.warpers import filter_scores, keep_interval, largest, ranked_interval, scale, spills
+from octavo.worker.watermark import watermarked
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,10 @@ class Sampler:
             process_logits(scores, slots, features, used, self._states)
         token_ids, best = _argmax(scores)
         failed = self._failures(logits, best, slots, features)
+        if used & WATERMARK:
+            greedy = np.flatnonzero(features & (WATERMARK | Feature.SAMPLE) == WATERMARK)
+            scores = self._watermarked(scores, slots, greedy)
+            token_ids[greedy] = _argmax(_rows(scores, greedy))[0]
         warped: dict[int, Tensor] = {}
         if used & Feature.SAMPLE:
             sampling = features & Feature.SAMPLE != 0
@@ -171,7 +176,19 @@ class Sampler:
             subset = values[index]
             lo, hi = ranked_interval(subset, slots[ranked], features[ranked], params)
             values = values.index_copy(0, index, keep_interval(subset, lo, hi))
-        return values
+        return self._watermarked(values, slots, np.flatnonzero(features & WATERMARK))
+
+    def _watermarked(self, scores: Tensor, slots: Int32s, rows: Int64s) -> Tensor:
+        """[F, V] with these rows marked; the same tensor if there are none, else a copy."""
+        states = self._states
+        copy = scores.clone() if len(rows) else scores
+        for row in rows.tolist():
+            slot = int(slots[row])
+            mark = states.params[slot].watermarking_config
+            assert mark is not None
+            history = states.hist[slot, : states.length[slot]]
+            copy[row] = watermarked(scores[row], history, int(states.prompt_len[slot]), mark)
+        return copy
 
     def _race(
         self,
