@@ -28,7 +28,7 @@ def apply_history(
             banned[[token for token in _bans(state, slot, features) if 0 <= token < state.vocab_size]] = True
             workspace.banned[row] = pack(banned).to(workspace.banned.device)
         if features & SCORES:
-            x = logits[row, : state.vocab_size].float()
+            x = logits[row, : state.vocab_size].float().clone()
             workspace.scores[row, : state.vocab_size] = _scores(x, state, slot, features, reciprocal)
 
 
