@@ -2,7 +2,8 @@
 
 Log
   one program per token, the whole row in one tile, 4 warps: predicted 2 launches less than two lookups and a sum;
-  bound by latency below ~1,000 tokens. sm_90 (compiler): @LOG@. Not measured.
+  bound by latency below ~1,000 tokens. sm_90 (compiler): 32 registers, 80 instructions,
+  4 + 2 loads (4 of 16 bytes, 2 of ids) and 2 stores of 16 bytes, no spills. Not measured.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Log
   one program per (token, half), the E numbers in one tile, 4 warps: reads are whole rows; writes are D * itemsize
   bytes (128 at bf16 and D = 64) per head, one 32-byte sector aligned. Predicted bandwidth-bound from ~500 tokens.
   Decode rows do not come here: decode attention writes their keys and values itself.
-  sm_90 (compiler), bf16, 20 heads of 64: @LOG@. Not measured.
+  sm_90 (compiler), bf16, 20 heads of 64: 22 registers, 88 instructions, 2 loads and 2 stores of 16
+  bytes (fp8: 32 registers, 352 instructions, 2 and 1), no spills on sm_80, sm_90, sm_100. Not measured.
 """
 
 from __future__ import annotations

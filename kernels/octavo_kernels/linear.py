@@ -5,7 +5,31 @@ activation and residual are epilogues in fp32. Sums are in fp32 and in a fixed o
 parts in index order.
 
 Log
-@LOG@
+  Device: none yet. Compiler's output for sm_90 (Triton 3.7.1, bf16, M x O x K of a tile, 4 warps); nothing is measured.
+  Loads of both operands are 16-byte cp.async and nothing spills in any of them; those in use spill nowhere on sm_80 and
+  sm_100 either.
+    tile          stages  registers  shared  instructions  MMA                  use
+    16x16x128     4       40          24 KB  308           8 mma.sync           tried
+    16x16x256     3       48          32 KB  383           16 mma.sync          1280 outputs, K 1280: 80 programs
+    16x32x128     4       40          36 KB  348           8 mma.sync           qkv (120 programs), fc (160)
+    16x32x256     3       56          48 KB  431           16 mma.sync          tried
+    16x64x64      4       38          40 KB  304           4 wgmma              tried
+    16x64x128     4       48          80 KB  360           8 wgmma              lm_head, 786 programs
+    8x32x128      4       40          30 KB  308           8 mma.sync           tried: masked rows of x cost no traffic
+    32x32x64      4       42          24 KB  300           8 mma.sync           tried
+    64x64x64      4       72          64 KB  456           4 wgmma              batch-invariant mode
+    64x64x128     4       96         128 KB  608           8 wgmma              tried: one program per multiprocessor
+    128x64x64     4       128         96 KB  656           4 wgmma              tried
+    128x128x64    3       103         96 KB  563           4 wgmma (8 warps)    tried: too few programs at M = 1
+    fp32 16x32x64 4       56          36 KB  628           256 FFMA             ieee, as parity runs need
+  epilogue bias + gelu_tanh: +64 instructions at 16x32, +512 at 64x64, no register more.
+  weights on the M side: predicted 0 waste at M = 16 where x on the M side wastes 3/4 of a wgmma.
+  K split (proj2: 40 tiles x 3 = 120 programs, 40 registers; sum: 28 registers): predicted 5.5 us + 2.2 us of a second
+    launch against 7.3 us unsplit at 80 programs (H100, 13.1 MB, time as programs / 132): a draw; `candidates` has both.
+  M tiles first in the grid: programs that share a weight tile run together, so lm_head's 129 MB are read once for
+    any M; with O tiles first, once per M tile (predicted).
+  x masked (not clamped) rows: at M = 1 a program reads 2.5 KB of x, not 40 KB (computed; over
+    qkv's 120 programs 4.6 MB less from L2).
 """
 
 from __future__ import annotations
