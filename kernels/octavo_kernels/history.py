@@ -6,8 +6,12 @@ Log (variants tried, what they gave). No GPU was at hand: registers are the comp
 are predictions, not measured.
 
 - One launch; of a row's programs the first sets bans, each of the others has SEGMENT columns of the scores. A single
-  program per row would take 25 turns of 2048 columns in series, ~15 us for one biased row; eight take ~3 us. The price
-  is that each adds up the biases by itself, and 7 more programs end at once in rows without work (~1 us at 256 rows).
+  program per row would take 49 turns of 1024 columns in series, ~35 us for one biased row; 13 programs of 4 turns take
+  ~3 us. The price is that each adds up the biases by itself, and that rows without work start 14 programs that end at
+  once (~2 us at 256 rows).
+- Columns per turn (TILE) and biased tokens per turn (LIST), 4 warps: 2048 and 1024 take 120-128 registers, and on
+  sm_100 16 bytes of stack; 1024 and 1024 96-128; 1024 and 512, chosen, 64-72 (sm_100: to 87), no stack. Each keeps
+  one 16-byte load per thread and turn.
 - Sums of biases are in registers, one lane per biased token, and sequences are visited in series: the order of the
   additions is that of the list, without float atomics. A list is walked by its lengths, ~0.3 us per sequence from L1;
   the last prefix token is compared alone first, so that nearly all sequences cost one load more than the walk. 128
@@ -30,12 +34,12 @@ from octavo_kernels.state import NUM_PARAMS, Bitmap, Feature, Param, SlotState
 from octavo_kernels.variant import Variant
 from octavo_kernels.workspace import SamplerWorkspace
 
-SEGMENT: Final = 8192
+SEGMENT: Final = 4096
 """Columns of the scores that one program writes."""
 
-_TILE: Final = 2048
+_TILE: Final = 1024
 _WINDOWS: Final = 1024
-_LIST: Final = 1024
+_LIST: Final = 512
 _WARPS: Final = 4
 
 _FEATURES = tl.constexpr(int(Param.FEATURES))

@@ -379,6 +379,20 @@ def test_a_broken_list_ends_where_it_breaks(device: torch.device, size: int):
     assert workspace.scores[0, :40].nonzero().flatten().tolist() == [5]
 
 
+def test_a_sequence_that_would_leave_its_list_is_not_read(device: torch.device):
+    """The last slot's list goes on in its neighbour's, where the tokens are that would complete the match."""
+    tokens, words = [(5 * i) % 29 for i in range(300)], LISTS.sequence_words
+    state = SlotState.allocate(2, N_POSITIONS, 16, 40, device, LISTS)
+    admit(state, 0, Row(tokens, 1, bad_words=[(33, 1)], bias={(33, 1): 1.0, (2,): 0.0}))
+    size = words - 4
+    for part, last in ((state.bad_words, 7), (state.bias_sequences, 1)):
+        put(part[0, 4:], [size, last, int(bits_of([1.0], torch.device("cpu")))])
+        part.view(-1)[7 : 7 + size - 1] = torch.tensor(tokens[1 - size :], dtype=torch.int32, device=device)
+    state.params[0, [Param.NUM_BAD_WORDS, Param.NUM_BIAS_SEQUENCES]] = 2
+    workspace = run(state, torch.zeros(1, 64, device=device), [0])
+    assert not workspace.banned.any() and not workspace.scores[0, :40].any()
+
+
 def test_wrong_counts_of_lists_are_capped(device: torch.device):
     state = SlotState.allocate(2, N_POSITIONS, 16, 97, device, LISTS)
     row = Row([1, 2, 3, 4, 4], 2, bad_words=[(4, 5)], bias={(4, 5): 1.0, (6,): 2.0}, frequency=0.5, presence=0.25)

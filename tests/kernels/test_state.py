@@ -45,7 +45,7 @@ def test_the_default_lists_hold_the_limits_of_the_server(device: torch.device):
 
 
 def test_a_state_too_large_for_32_bit_offsets_is_refused(device: torch.device):
-    with pytest.raises(ValueError, match="^num_slots"):
+    with pytest.raises(ValueError, match=r"^num_slots"):
         SlotState.allocate(100_000, 1024, 16, 50257, device)
 
 
