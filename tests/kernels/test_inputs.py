@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 NUM_SLOTS, N_POSITIONS, VOCAB = 6, 1024, 97
 NUM_BLOCKS = 200
 POISON = -1234567
+MAP_NORESERVE = 0x4000  # Linux; Python's mmap has it from 3.13 on
 
 
 def ints(values, device: torch.device) -> Tensor:
@@ -247,6 +249,21 @@ def test_the_specification_of_copies_is_the_same(device: torch.device):
     reference.copy_blocks(expected, sources.long(), destinations.long())
     inputs.copy_blocks(cache, sources, destinations)
     assert torch.equal(cache, expected)
+
+
+def test_a_cache_of_more_than_two_to_the_31_words(device: torch.device):
+    shape = (1, 2, 4200, 16, 32, 512)  # 1 MiB a block, 2.2e9 words
+    if device.type == "cpu":  # address space, of which only what is copied becomes memory
+        size = torch.Size(shape).numel() * 4
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        cache = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.float32).view(shape)
+    else:
+        cache = torch.empty(shape, device=device)
+    cache[:, :, 4199] = torch.arange(2, device=device).view(1, 2, 1, 1, 1) + 1.0
+    cache[:, :, 1] = 0
+    inputs.copy_blocks(cache, ints([4199, 1], device), ints([4101, 4100], device))
+    assert (cache[0, 0, 4101] == 1).all() and (cache[0, 1, 4101] == 2).all()
+    assert not cache[0, :, 4100].any()
 
 
 # ---- wrong arguments
