@@ -104,20 +104,22 @@ def test_an_fp8_cache_holds_value_over_scale(dtype: torch.dtype, block_size: int
 
 
 def test_offsets_beyond_31_bits_reach_their_block(device: torch.device) -> None:
-    """Blocks 2**31 numbers apart: memory that is reserved but, except where written, never touched."""
-    stride_block, stride_half = 2**31, 2**31 + 4096
-    num_bytes = 2**32 + 65536
+    """Blocks 2**30 numbers apart, so that the fourth begins beyond what 32 bits count: memory that is reserved but,
+    except where written, never touched."""
+    stride_block = 2**30
+    stride_half = 2**31 + 4096
+    num_bytes = 3 * stride_block + stride_half + 4096
     if device.type == "cuda":
         memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     else:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
         memory = torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=torch.uint8)
-    cache = memory.view(FP8).as_strided((2, 2, 1, 16, 64), (stride_half, stride_block, 1024, 64, 1))
+    cache = memory.view(FP8).as_strided((2, 4, 1, 16, 64), (stride_half, stride_block, 1024, 64, 1))
     qkv = tokens(1, 1, 64, torch.float32, device)
-    kv_write(qkv, cache, torch.tensor([16 + 9], device=device))
-    for half, start in ((1, stride_block), (2, stride_block + stride_half)):
-        at = start + 9 * 64
-        assert_same_bits(memory[at : at + 64].view(FP8), qkv[0, half * 64 :][:64].to(FP8))
+    kv_write(qkv, cache, torch.tensor([3 * 16 + 9], device=device))
+    for half in (0, 1):
+        at = half * stride_half + 3 * stride_block + 9 * 64
+        assert_same_bits(memory[at : at + 64].view(FP8), qkv[0, (1 + half) * 64 :][:64].to(FP8))
 
 
 def test_strided_tokens_and_no_tokens(device: torch.device) -> None:
