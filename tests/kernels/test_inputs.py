@@ -251,19 +251,19 @@ def test_the_specification_of_copies_is_the_same(device: torch.device):
     assert torch.equal(cache, expected)
 
 
-def test_a_cache_of_more_than_two_to_the_31_words(device: torch.device):
-    shape = (1, 2, 4200, 16, 32, 512)  # 1 MiB a block, 2.2e9 words
+def test_keys_of_more_than_two_to_the_31_words(device: torch.device):
+    shape = (1, 2, 8300, 16, 32, 512)  # 1 MiB a block, 2.2e9 words of keys and as many of values
     if device.type == "cpu":  # address space, of which only what is copied becomes memory
         size = torch.Size(shape).numel() * 4
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         cache = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.float32).view(shape)
     else:
         cache = torch.empty(shape, device=device)
-    cache[:, :, 4199] = torch.arange(2, device=device).view(1, 2, 1, 1, 1) + 1.0
+    cache[:, :, 8299] = torch.arange(2, device=device).view(1, 2, 1, 1, 1) + 1.0
     cache[:, :, 1] = 0
-    inputs.copy_blocks(cache, ints([4199, 1], device), ints([4101, 4100], device))
-    assert (cache[0, 0, 4101] == 1).all() and (cache[0, 1, 4101] == 2).all()
-    assert not cache[0, :, 4100].any()
+    inputs.copy_blocks(cache, ints([8299, 1], device), ints([8201, 8200], device))
+    assert (cache[0, 0, 8201] == 1).all() and (cache[0, 1, 8201] == 2).all()
+    assert not cache[0, :, 8200].any()
 
 
 # ---- wrong arguments
