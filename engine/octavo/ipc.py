@@ -21,7 +21,7 @@ import msgspec
 from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import Reason
 from octavo.step import LogprobSpec
-from octavo.types import EngineInfo, EngineLoad, GenerationParams
+from octavo.types import EngineInfo, EngineLoad, FinishReason, GenerationParams
 
 MAX_FRAME = 8 << 20
 """Bytes of one message to the core; a front-end that sends more is disconnected."""
@@ -35,6 +35,7 @@ class EngineCoreRequest(msgspec.Struct, frozen=True, kw_only=True):
     key: int
     """Of its first sequence."""
     num_sequences: int = 1
+    """That are returned; a beam search has `params.num_beams` rows."""
     prompt_token_ids: bytes
     """int32, little-endian."""
     params: GenerationParams
@@ -73,7 +74,9 @@ class AbortCause(enum.IntEnum):
 
 
 class AbortSequences(msgspec.Struct, frozen=True, tag="abort"):
-    """Ends sequences before the next step. Unknown keys are fine: they may just have ended. No answer."""
+    """Ends sequences before the next step. Unknown keys are fine: they may just have ended. No answer.
+
+    A key of a beam search ends all of it."""
 
     frontend: int
     keys: list[int]
@@ -105,6 +108,16 @@ class SequenceFailed(msgspec.Struct, frozen=True, array_like=True):
 
     key: int
     reason: Reason
+
+
+class BeamSequence(msgspec.Struct, frozen=True, array_like=True):
+    """A terminal event: a whole sequence that a beam search found. All of a search's come in one message."""
+
+    key: int
+    token_ids: bytes
+    """int32, little-endian, without the prompt. Empty if fewer were found than asked for."""
+    finish: FinishReason
+    score: float
 
 
 class LogprobColumns(msgspec.Struct, frozen=True, array_like=True):
@@ -146,14 +159,15 @@ class EngineCoreOutputs(msgspec.Struct, frozen=True, tag="outputs"):
     token_ids: bytes
     """int32 [T]. -1 where an entry ends its sequence without a token (TIME)."""
     finish: bytes
-    """uint8 [T] FinishReason, 0 while the sequence goes on. Exactly one nonzero entry, or one of `failed`, per sequence
-    that was not aborted."""
+    """uint8 [T] FinishReason, 0 while the sequence goes on. Exactly one nonzero entry, or one of `failed` or `beams`,
+    per sequence that was not aborted."""
     started: list[PromptStarted] = []
     failed: list[SequenceFailed] = []
     preempted: list[tuple[int, int]] = []
     """(key, times) of sequences that end in this message and were preempted."""
     logprobs: LogprobColumns | None = None
     prompt_logprobs: list[PromptLogprobColumns] = []
+    beams: list[BeamSequence] = []
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag="load"):

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import Reason
-from octavo.types import GenerationParams, LogprobKind
+from octavo.types import FinishReason, GenerationParams, LogprobKind
 
 Int32s = npt.NDArray[np.int32]
 UInt8s = npt.NDArray[np.uint8]
@@ -32,7 +32,11 @@ class LogprobSpec(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request that enters the batch: for the first time, forked from a sibling, or again after a preemption."""
+    """A request that enters the batch: for the first time, forked from a sibling, or again after a preemption.
+
+    The rows of a beam search (params.num_beams > 1) enter together, each with its own tokens. At first only row 0 is
+    scheduled; the others get block tables, and tokens computed, from it. No row samples before all do, in one step.
+    """
 
     slot: int
     group_id: int
@@ -87,6 +91,8 @@ class SchedulerOutput:
     block_ids: Int32s = field(default_factory=lambda: np.empty(0, np.int32))
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, destination) blocks to copy in all layers before the forward pass: copy on write."""
+    expired_groups: list[int] = field(default_factory=list)
+    """Beam searches that end with this step, since their max_time is over."""
 
     @property
     def num_rows(self) -> int:
@@ -129,13 +135,39 @@ class PromptLogprobs:
     """[T, num_top]"""
 
 
+@dataclass(frozen=True, slots=True)
+class BeamHypothesis:
+    """A sequence that a beam search found."""
+
+    token_ids: Int32s
+    """Without the prompt. Empty if fewer were found than asked for."""
+    finish: FinishReason
+    score: float
+    """Length-normalised."""
+
+
+@dataclass(frozen=True, slots=True)
+class BeamChoice:
+    """What a beam search chose in a step. Rows, tokens and tables of the k beams are then those of their parents."""
+
+    slot: int
+    """Of beam 0."""
+    parents: Int32s
+    """[k] the beam that each beam goes on from."""
+    token_ids: Int32s
+    """[k] the token that it appends."""
+    found: list[BeamHypothesis] | None = None
+    """Best first, as many as the request wants; None while the search goes on."""
+
+
 @dataclass(slots=True)
 class ModelRunnerOutput:
     token_ids: Int32s
-    """[R], -1 where the row chose none."""
+    """[R], -1 where the row chose none, as those of beam searches."""
     finish: UInt8s
     """[R] FinishReason or 0: EOS, STOP_TOKEN or LENGTH."""
     logprobs: LogprobRows | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    beams: list[BeamChoice] = field(default_factory=list)
     failed: list[tuple[int, Reason]] = field(default_factory=list)
-    """Rows whose request failed alone: NON_FINITE_LOGITS, NON_FINITE_SCORES, INTERNAL."""
+    """Rows whose request failed alone: NON_FINITE_LOGITS, NON_FINITE_SCORES, CONSTRAINT_TOO_COMPLEX, INTERNAL."""

@@ -25,12 +25,28 @@ def check_invariants(
     assert len(occupied) + batch.num_free_slots == len(batch.requests)
     for slot in occupied:
         request = batch.request_at(slot)
-        assert request.slot == slot
+        assert slot in request.slots
         assert batch.num_computed[slot] <= kv.num_blocks[slot] * kv.block_size, "computed beyond blocks"
         assert batch.num_known[slot] <= batch.num_tokens[slot] <= batch.max_total[slot]
+        assert batch.is_beam[slot] == (request.beams is not None)
         ended = request.status is RequestStatus.ENDED
         assert ended == (not batch.live[slot])
         assert not ended or batch.in_flight[slot], "an ended request holds a slot"
     for request in requests:
         assert request.status is not RequestStatus.ENDED
         assert (request.slot >= 0) == (request.status is RequestStatus.RUNNING)
+        if request.beams is not None and request.slot >= 0:
+            _check_beams(batch, kv, request)
+
+
+def _check_beams(batch: RunningBatch, kv: KVCacheManager, request: Request) -> None:
+    """Rows of a search go in step, and share the prompt's full blocks."""
+    slots, beams = request.slots, request.beams
+    assert beams is not None and len(slots) == request.num_rows == len(set(slots))
+    assert all(batch.requests[slot] is request for slot in slots)
+    for counter in (batch.num_tokens, batch.num_known):
+        assert len(set(counter[slots].tolist())) == 1, "rows of a beam search are of different lengths"
+    assert (batch.num_known[slots] == batch.num_tokens[slots]).all(), "a beam search ran ahead"
+    if beams.forked:
+        shared = (len(request.group.prompt) - 1) // kv.block_size
+        assert (kv.block_table[slots, :shared] == kv.block_table[slots[0], :shared]).all(), "the prompt is not shared"

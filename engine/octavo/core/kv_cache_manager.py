@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from octavo.step import Int32s
 class KVCacheManager:
     """Owns `block_table` and `num_blocks`, both indexed by slot.
 
-    Only full blocks are shared, and a shared block is never written; a fork copies the last, partial one.
+    A shared block is never written. A fork copies the last, partial one; rows of a beam search share it until they
+    write (`extend`).
     """
 
     def __init__(
@@ -54,10 +55,10 @@ class KVCacheManager:
             found.append(block)
         return found
 
-    def can_admit(self, shared: Iterable[int], num_tokens: int, keep_watermark: bool) -> bool:
-        """Whether a request of `num_tokens` that shares these blocks fits as a whole."""
+    def can_admit(self, shared: Iterable[int], num_tokens: int, keep_watermark: bool, num_more: int = 0) -> bool:
+        """Whether a request of `num_tokens` that shares these blocks fits as a whole, with `num_more` blocks."""
         shared = list(shared)
-        taken = self.blocks_for(num_tokens) - len(shared) + sum(map(self.pool.is_unowned, shared))
+        taken = self.blocks_for(num_tokens) - len(shared) + sum(map(self.pool.is_unowned, shared)) + num_more
         return taken + (self.watermark_blocks if keep_watermark else 0) <= self.pool.num_free
 
     def admit(self, slot: int, shared: list[int]) -> None:
@@ -97,6 +98,54 @@ class KVCacheManager:
         self.num_blocks[slot] = num_full + 1
         return [(blocks[num_full], own[0])] if num_tokens % self.block_size else []
 
+    def share(self, slot: int, blocks: list[int]) -> None:
+        """Starts the slot's table with these owned blocks, the last of which may be partial."""
+        assert self.num_blocks[slot] == 0, f"slot {slot} has blocks"
+        self.pool.acquire(blocks)
+        self.block_table[slot, : len(blocks)] = blocks
+        self.num_blocks[slot] = len(blocks)
+
+    def num_missing(self, slots: Sequence[int], num_computed: Iterable[int], num_tokens: Iterable[int]) -> int:
+        """Free blocks that it takes to `extend` these slots, all of them."""
+        missing, writers = 0, Counter[int]()
+        for slot, computed, reached in zip(slots, num_computed, num_tokens, strict=True):
+            missing += max(0, self.blocks_for(reached) - int(self.num_blocks[slot]))
+            if computed % self.block_size:
+                writers[int(self.block_table[slot, computed // self.block_size])] += 1
+        return missing + sum(min(count, self.pool.ref_counts[block] - 1) for block, count in writers.items())
+
+    def extend(self, slot: int, num_computed: int, num_tokens: int) -> tuple[int, list[int], list[tuple[int, int]]]:
+        """Makes room to write tokens `num_computed` .. `num_tokens` - 1, in blocks that no other slot has.
+
+        Returns:
+            The first column of the table that changed, what stands there now, and (source, destination) blocks to copy.
+        """
+        first, copies = int(self.num_blocks[slot]), []
+        column = num_computed // self.block_size
+        if num_computed % self.block_size and self.pool.ref_counts[source := int(self.block_table[slot, column])] > 1:
+            own = self.pool.allocate(1)
+            assert own is not None
+            self.pool.release([source])
+            self.block_table[slot, column] = own[0]
+            first, copies = column, [(source, own[0])]
+        assert self.allocate_slots(slot, num_tokens) is not None
+        return first, self.blocks_of(slot)[first:], copies
+
+    def gather(self, slots: Int32s, parents: Int32s) -> None:
+        """Slot i gets a share in the blocks of slot parents[i] (an index into `slots`) instead of its own."""
+        changed = np.flatnonzero(parents != np.arange(len(slots)))
+        sources = slots[parents[changed]].tolist()
+        old = [self.blocks_of(slot) for slot in slots[changed].tolist()]
+        new = [self.blocks_of(slot) for slot in sources]
+        for blocks in new:
+            self.pool.acquire(blocks)
+        for slot, blocks in zip(slots[changed].tolist(), new, strict=True):
+            self.block_table[slot] = NULL_BLOCK
+            self.block_table[slot, : len(blocks)] = blocks
+            self.num_blocks[slot] = len(blocks)
+        for blocks in old:
+            self.pool.release(blocks)
+
     def index(self, slot: int, request: Request, token_ids: Int32s, num_computed: int) -> None:
         """Enters blocks that have become full of known, computed tokens into the prefix cache."""
         first, count = int(self.num_indexed[slot]), num_computed // self.block_size
@@ -105,10 +154,12 @@ class KVCacheManager:
             self.pool.insert(int(self.block_table[slot, column]), hashes[column])
         self.num_indexed[slot] = count
 
-    def forget(self, slot: int) -> None:
-        """Blocks that only this slot owns leave the prefix cache: their content is not to be trusted."""
-        self.pool.forget(block for block in self.blocks_of(slot) if self.pool.ref_counts[block] == 1)
-        self.never_index(slot)
+    def forget(self, slots: Sequence[int]) -> None:
+        """Blocks that only these slots own leave the prefix cache: their content is not to be trusted."""
+        owners = self.owners(slots)
+        self.pool.forget(block for block, count in owners.items() if self.pool.ref_counts[block] == count)
+        for slot in slots:
+            self.never_index(slot)
 
     def never_index(self, slot: int) -> None:
         """No block of the slot enters the prefix cache (any more)."""

@@ -7,9 +7,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from octavo.core.request import Request
 from octavo.errors import Reason
-from octavo.ipc import EngineCoreOutputs, LogprobColumns, PromptLogprobColumns, PromptStarted, SequenceFailed
-from octavo.step import Int32s, LogprobRows, PromptLogprobs, UInt8s
+from octavo.ipc import (
+    BeamSequence,
+    EngineCoreOutputs,
+    LogprobColumns,
+    PromptLogprobColumns,
+    PromptStarted,
+    SequenceFailed,
+)
+from octavo.step import BeamHypothesis, Int32s, LogprobRows, PromptLogprobs, UInt8s
 from octavo.types import FinishReason
 
 _NO_TOKENS = np.empty(0, np.int32)
@@ -26,6 +34,7 @@ class FrontendEvents:
     preempted: list[tuple[int, int]] = field(default_factory=list)
     ended_waiting: list[tuple[int, FinishReason]] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobColumns] = field(default_factory=list)
+    beams: list[BeamSequence] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -54,6 +63,15 @@ class Events:
 
     def fail(self, frontend: int, key: int, reason: Reason) -> None:
         self.of(frontend).failed.append(SequenceFailed(key, reason))
+
+    def found(self, request: Request, hypotheses: list[BeamHypothesis]) -> None:
+        """A beam search has ended with these."""
+        beams = self.of(request.frontend).beams
+        for key, hypothesis in zip(request.keys, hypotheses, strict=True):
+            reason = hypothesis.finish
+            if reason is FinishReason.LENGTH and request.spec.length_is_context:
+                reason = FinishReason.CONTEXT
+            beams.append(BeamSequence(key, hypothesis.token_ids.tobytes(), reason, hypothesis.score))
 
     @property
     def pending(self) -> bool:
@@ -110,6 +128,7 @@ def _message(step_id: int, tokens: StepTokens | None, events: FrontendEvents | N
         preempted=events.preempted,
         logprobs=logprobs,
         prompt_logprobs=events.prompt_logprobs,
+        beams=events.beams,
     )
 
 

@@ -23,20 +23,26 @@ class Plan:
     """(slot, tokens) of running slots that catch up."""
     admitted: list[tuple[int, int]] = field(default_factory=list)
     """(slot, tokens) of requests that enter."""
+    beams: list[tuple[int, int]] = field(default_factory=list)
+    """(slot, tokens) of rows of beam searches."""
+    expired_groups: list[int] = field(default_factory=list)
+    """Beam searches whose time is over with this step."""
     grown: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    """(slot, first column, blocks) added to tables of running slots."""
+    """(slot, first column, blocks) written to tables of running slots."""
     stalled: set[int] = field(default_factory=set)
     """Running slots that wait for blocks of a victim that is still in flight."""
     preempted: bool = False
     promised_blocks: int = 0
     """Of those that victims in flight will give back."""
     new_requests: list[NewRequest] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    """(slot, source, destination) of blocks."""
 
     def attach(self, step: SchedulerOutput) -> None:
         """Puts the changes that the worker has to apply into the step."""
         step.new_requests = self.new_requests
-        step.block_copies = self.copies
+        step.block_copies = [(source, destination) for _, source, destination in self.copies]
+        step.expired_groups = self.expired_groups
         if self.grown:
             step.block_slots = np.array([slot for slot, _, blocks in self.grown for _ in blocks], np.int32)
             columns = [first + i for _, first, blocks in self.grown for i in range(len(blocks))]

@@ -1,4 +1,4 @@
-"""A request as the scheduler sees it: one sequence. The sequences of one prompt form a group."""
+"""A request as the scheduler sees it: one sequence, or a beam search. The sequences of one prompt form a group."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ class RequestStatus(enum.Enum):
     """Its terminal event is out. It may keep slot and blocks until the step in flight is done."""
 
 
+def is_beam_search(spec: EngineCoreRequest) -> bool:
+    return (spec.params.num_beams or 1) > 1
+
+
+def num_rows(spec: EngineCoreRequest) -> int:
+    """Sequences that a prompt decodes at once."""
+    return max(spec.num_sequences, spec.params.num_beams or 1)
+
+
 class Group:
     """The sequences of one prompt. Owned by the scheduler.
 
@@ -31,14 +40,17 @@ class Group:
 
     __slots__ = (
         "announced", "cached_tokens", "group_id", "held_blocks", "held_members", "num_alive",
-        "num_prompt_logprobs", "num_slots", "num_unforked", "prompt", "spec", "start_time",
+        "num_prompt_logprobs", "num_rows", "num_slots", "num_unforked", "prompt", "spec", "start_time",
     )  # fmt: skip
 
     def __init__(self, group_id: int, spec: EngineCoreRequest) -> None:
         self.group_id = group_id
         self.spec = spec
         self.prompt: Int32s = np.frombuffer(spec.prompt_token_ids, np.int32)
-        self.num_alive = spec.num_sequences
+        self.num_rows = num_rows(spec)
+        """Rows of random numbers."""
+        self.num_alive = 1 if is_beam_search(spec) else spec.num_sequences
+        """Requests that have not ended."""
         self.num_slots = 0
         """Slots its sequences occupy, ended ones in flight included."""
         self.held_members: list[Request] = []
@@ -56,27 +68,47 @@ class Group:
         """Prompt tokens whose logprobs were sent."""
 
 
+class Beams:
+    """The rows of a beam search. Owned by the BeamScheduler."""
+
+    __slots__ = ("forked", "rows", "slots", "unsent")
+
+    def __init__(self, prompt: Int32s, num_beams: int) -> None:
+        self.rows: list[Int32s] = [prompt] * num_beams
+        """Each row's prompt and output as of the last time it was not running; equally long."""
+        self.slots: list[int] = []
+        """Of each row, the last ones if it does not run."""
+        self.forked = False
+        """The rows share the first one's blocks since the last admission."""
+        self.unsent: set[int] = set()
+        """Slots whose block tables the worker does not know yet."""
+
+
 class Request:
-    """One sequence. Owned by the scheduler; while it runs, its tokens and counters live in the RunningBatch."""
+    """One sequence, or a whole beam search. Owned by the scheduler; while it runs, its tokens and counters live in the
+    RunningBatch."""
 
     __slots__ = (
-        "arrival", "block_hashes", "forks", "frontend", "group", "key", "num_preemptions", "row",
+        "arrival", "beams", "block_hashes", "forks", "frontend", "group", "key", "num_preemptions", "row",
         "slot", "status", "token_ids",
     )  # fmt: skip
 
     def __init__(self, frontend: int, group: Group, row: int, arrival: int) -> None:
         self.frontend = frontend
         self.key = group.spec.key + row
+        """The first of a beam search."""
         self.group = group
         self.row = row
         self.arrival = arrival
         """Number in order of arrival."""
         self.status = RequestStatus.WAITING
         self.slot = -1
+        """The first row's of a beam search."""
+        self.beams = Beams(group.prompt, group.num_rows) if is_beam_search(group.spec) else None
         self.forks = False
         """Counts in its group's `num_unforked`."""
         self.token_ids: Int32s = group.prompt
-        """Prompt and output so far, as of the last time it was not running."""
+        """Prompt and output so far, as of the last time it was not running; of a beam search the prompt."""
         self.block_hashes: list[bytes] = []
         """Chained hashes of its leading full blocks, as far as they were needed."""
         self.num_preemptions = 0
@@ -84,6 +116,20 @@ class Request:
     @property
     def spec(self) -> EngineCoreRequest:
         return self.group.spec
+
+    @property
+    def keys(self) -> range:
+        """Of the sequences that it answers."""
+        return range(self.key, self.key + (1 if self.beams is None else self.spec.num_sequences))
+
+    @property
+    def num_rows(self) -> int:
+        return 1 if self.beams is None else self.group.num_rows
+
+    @property
+    def slots(self) -> list[int]:
+        """Of its rows, while it runs."""
+        return [self.slot] if self.beams is None else self.beams.slots
 
     @property
     def num_tokens(self) -> int:

@@ -39,6 +39,8 @@ class RunningBatch:
         self.num_timed = 0
         """Slots with an end_time."""
         self.length_is_context: Bools = np.zeros(size, np.bool_)
+        self.is_beam: Bools = np.zeros(size, np.bool_)
+        """A row of a beam search: scheduled with its siblings, its tokens known only from `BeamScheduler.advance`."""
         self._free_slots = list(range(size - 1, -1, -1))
         self._running: dict[int, None] = {}  # slots that may be scheduled, in order of admission
         self._order: Int32s | None = None
@@ -66,12 +68,13 @@ class RunningBatch:
         assert request is not None, f"slot {slot} is empty"
         return request
 
-    def add(self, request: Request, num_computed: int) -> int:
-        """Gives the request a slot, which becomes the last in order."""
+    def add(self, request: Request, num_computed: int, token_ids: Int32s | None = None) -> int:
+        """Gives the request, or a row of it with these tokens, a slot, which becomes the last in order."""
         slot = self._free_slots.pop()
-        spec, length = request.spec, request.num_tokens
+        token_ids = request.token_ids if token_ids is None else token_ids
+        spec, length = request.spec, len(token_ids)
         self.requests[slot] = request
-        self.token_ids[slot, :length] = request.token_ids
+        self.token_ids[slot, :length] = token_ids
         self.num_tokens[slot] = self.num_known[slot] = length
         self.num_computed[slot] = num_computed
         self.max_total[slot] = spec.max_total_tokens
@@ -108,7 +111,7 @@ class RunningBatch:
         request.slot = -1
         request.group.num_slots -= 1
         self.requests[slot] = None
-        self.live[slot] = False
+        self.live[slot] = self.is_beam[slot] = False
         self.num_timed -= int(self.end_time[slot] < np.inf)
         self.end_time[slot] = np.inf
         self._free_slots.append(slot)

@@ -23,6 +23,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from octavo.config import CacheConfig, SchedulerConfig
+from octavo.core.beams import BeamScheduler
 from octavo.core.block_pool import BlockPool
 from octavo.core.groups import PromptShares
 from octavo.core.invariants import check_invariants
@@ -35,7 +36,7 @@ from octavo.core.running_batch import RunningBatch
 from octavo.core.waiting_queue import Timers, WaitingQueue
 from octavo.errors import Reason
 from octavo.ipc import EngineCoreOutputs, EngineCoreRequest, PromptStarted
-from octavo.step import Int32s, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
+from octavo.step import BeamChoice, Int32s, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
 from octavo.types import EngineLoad, FinishReason
 
 
@@ -59,6 +60,7 @@ class Scheduler:
         )
         self.batch = RunningBatch(config.max_num_requests, max_model_len)
         self.meter = LoadMeter()
+        self._beams = BeamScheduler(self.batch, self.kv, config.max_chunk_tokens, self._make_room)
         self._waiting = WaitingQueue()
         self._deadlines, self._queue_timeouts, self._time_limits = Timers(), Timers(), Timers()
         self._requests: dict[tuple[int, int], Request] = {}
@@ -80,19 +82,26 @@ class Scheduler:
 
     def _add_group(self, frontend: int, group: Group) -> None:
         spec = group.spec
-        members = [Request(frontend, group, row, next(self._arrivals)) for row in range(spec.num_sequences)]
-        if self.kv.blocks_for(spec.max_total_tokens - 1) > self.pool.num_blocks:
-            for member in members:
-                self._events.fail(frontend, member.key, Reason.REQUEST_TOO_LARGE)
+        members = [Request(frontend, group, row, next(self._arrivals)) for row in range(group.num_alive)]
+        if not self._can_ever_fit(members[0]):
+            for key in range(spec.key, spec.key + spec.num_sequences):
+                self._events.fail(frontend, key, Reason.REQUEST_TOO_LARGE)
             return
         for member in members:
-            assert (frontend, member.key) not in self._requests, "a key is used twice"
-            self._requests[frontend, member.key] = member
+            for key in member.keys:
+                assert (frontend, key) not in self._requests, "a key is used twice"
+                self._requests[frontend, key] = member
             if spec.deadline is not None:
                 self._deadlines.add(spec.deadline, member)
         self._queue_timeouts.add(spec.arrival_time + self.config.max_queue_time, members[0])
         self._hold(group, members[1:])
         self._waiting.add(members[0])
+
+    def _can_ever_fit(self, request: Request) -> bool:
+        """Alone, with rows that have nothing in common but the prompt."""
+        shared = (request.num_tokens - 1) // self.kv.block_size
+        blocks = shared + request.num_rows * (self.kv.blocks_for(request.spec.max_total_tokens - 1) - shared)
+        return blocks <= self.pool.num_blocks and request.num_rows <= self.config.max_num_requests
 
     def _hold(self, group: Group, members: list[Request]) -> None:
         for member in members:
@@ -113,24 +122,26 @@ class Scheduler:
         self._events.drop(frontend)
 
     def _end(self, request: Request, *, forget: bool = False) -> None:
-        """The request's terminal event is out, or nobody waits for one: gives up all that it has."""
-        group = request.group
+        """The request's terminal events are out, or nobody waits for them: gives up all that it has."""
+        group, slots = request.group, request.slots if request.slot >= 0 else []
         if request.status is RequestStatus.HELD:
             group.held_members.remove(request)
         elif group.held_members:  # it was to compute the prompt
             self._waiting.add(group.held_members.pop(0))
         request.status = RequestStatus.ENDED
-        del self._requests[request.frontend, request.key]
+        for key in request.keys:
+            del self._requests[request.frontend, key]
         self._shares.note_fork(request)
-        if request.slot >= 0:
-            self._evicting.pop(request.slot, None)
-            self.batch.live[request.slot] = False
-            self.batch.stop(request.slot)
-            if forget:
-                self._shares.drop(group)
-                self.kv.forget(request.slot)
-            if not self.batch.in_flight[request.slot]:
-                self._vacate(request.slot)
+        self._beams.remove(request)
+        self._evicting.pop(request.slot, None)
+        if forget and slots:
+            self._shares.drop(group)
+            self.kv.forget(slots)
+        for slot in slots:
+            self.batch.live[slot] = False
+            self.batch.stop(slot)
+            if not self.batch.in_flight[slot]:
+                self._vacate(slot)
         group.num_alive -= 1
         if group.num_alive:
             self._ended_rows.append((group.group_id, request.row))
@@ -172,10 +183,11 @@ class Scheduler:
     def _members(self, group: Group, frontend: int) -> list[Request]:
         first = group.spec.key
         found = (self._requests.get((frontend, first + row)) for row in range(group.spec.num_sequences))
-        return [member for member in found if member is not None]
+        return [member for member in dict.fromkeys(found) if member is not None]
 
     def _fail(self, request: Request, reason: Reason, *, forget: bool = False) -> None:
-        self._events.fail(request.frontend, request.key, reason)
+        for key in request.keys:
+            self._events.fail(request.frontend, key, reason)
         self._end_reported(request, forget=forget)
 
     # --- scheduling ---------------------------------------------------------------------------------------------------
@@ -188,19 +200,35 @@ class Scheduler:
         """Decides and accounts for the next step; None when nothing can run (now, or before an update())."""
         self._expire(now)
         plan = Plan(budget=self.config.max_num_batched_tokens)
-        self._schedule_running(plan)
+        self._schedule_running(plan, now)
         if not plan.preempted:
             self._schedule_waiting(plan, now)
-        if not (len(plan.decode) or plan.prefill or plan.admitted):
+        if not (len(plan.decode) or plan.prefill or plan.admitted or plan.beams):
             return None
         return self._launch(plan, now)
 
-    def _schedule_running(self, plan: Plan) -> None:
+    def _schedule_running(self, plan: Plan, now: float) -> None:
+        batch = self.batch
+        if not batch.num_running:
+            return
+        if self._beams:
+            self._beams.schedule(plan, now)
+        self._schedule_sequences(plan)
+        if self._beams:
+            self._beams.catch_up(plan)
+        if plan.preempted or plan.stalled:
+            plan.decode = np.array([s for s in plan.decode.tolist() if self._may_run(plan, s)], np.int32)
+            plan.prefill = [(s, n) for s, n in plan.prefill if self._may_run(plan, s)]
+            plan.beams = [(s, n) for s, n in plan.beams if batch.is_running(s)]
+            plan.grown = [entry for entry in plan.grown if batch.is_running(entry[0])]
+            plan.copies = [entry for entry in plan.copies if batch.is_running(entry[0])]
+
+    def _schedule_sequences(self, plan: Plan) -> None:
         batch = self.batch
         order = batch.order
-        if not len(order):
-            return
         order = order[batch.num_tokens[order] < batch.max_total[order]]  # else its last token is in flight
+        if self._beams:
+            order = order[~batch.is_beam[order]]
         computed = batch.num_computed[order]
         remaining = batch.num_tokens[order] - computed
         decodes = remaining == 1
@@ -212,10 +240,6 @@ class Scheduler:
         if not decodes.all():
             for slot, missing in zip(order[~decodes].tolist(), remaining[~decodes].tolist(), strict=True):
                 self._schedule_prefill(plan, slot, missing)
-        if plan.preempted or plan.stalled:
-            plan.decode = np.array([s for s in plan.decode.tolist() if self._may_run(plan, s)], np.int32)
-            plan.prefill = [(s, n) for s, n in plan.prefill if self._may_run(plan, s)]
-            plan.grown = [entry for entry in plan.grown if batch.is_running(entry[0])]
 
     def _may_run(self, plan: Plan, slot: int) -> bool:
         return self.batch.is_running(slot) and slot not in plan.stalled
@@ -240,6 +264,15 @@ class Scheduler:
                 return False
         return False
 
+    def _make_room(self, plan: Plan, request: Request, num_blocks: int) -> bool:
+        """As many free blocks, for a running request, at the expense of requests of worse rank."""
+        while self.batch.is_running(request.slot):
+            if num_blocks <= self.pool.num_free:
+                return True
+            if not self._relieve(plan, num_blocks):
+                return False
+        return False
+
     def _relieve(self, plan: Plan, num_blocks: int) -> bool:
         """Makes blocks available: now (True), or with the update() of a step in flight (False)."""
         if self._shares:
@@ -257,24 +290,33 @@ class Scheduler:
         plan.preempted = True
         request.num_preemptions += 1
         self.meter.total.preemptions += 1
-        self.batch.stop(request.slot)
-        if self.batch.in_flight[request.slot]:
+        self._beams.remove(request)
+        for slot in request.slots:
+            self.batch.stop(slot)
+        if self.batch.in_flight[request.slots].any():
             self._evicting[request.slot] = None
         else:
             self._requeue(request)
 
     def _requeue(self, request: Request) -> None:
-        request.token_ids = self.batch.known_tokens(request.slot)
         end_time = float(self.batch.end_time[request.slot])
-        self._vacate(request.slot)
+        if request.beams is not None:
+            self._beams.save(request)
+        else:
+            request.token_ids = self.batch.known_tokens(request.slot)
+            if end_time < math.inf:  # its timer may have gone off while it ran
+                self._time_limits.add(end_time, request)
+        for slot in request.slots:
+            self._vacate(slot)
         self._waiting.add(request)
-        if end_time < math.inf:  # its timer may have gone off while it ran
-            self._time_limits.add(end_time, request)
 
     def _schedule_waiting(self, plan: Plan, now: float) -> None:
         while plan.budget > 0 and self.batch.num_free_slots:
             request = self._waiting.peek()
-            if request is None or not self._admit(plan, request, now):
+            if request is None:
+                return
+            admit = self._admit if request.beams is None else self._admit_beams
+            if not admit(plan, request, now):
                 return
 
     def _admit(self, plan: Plan, request: Request, now: float) -> bool:
@@ -287,17 +329,14 @@ class Scheduler:
             shared = self.kv.find_prefix(request)
             num_cached = len(shared) * self.kv.block_size
         if not self.kv.can_admit(shared, request.num_tokens, keep_watermark=self.batch.num_running > 0):
-            if self.batch.num_running or not self._shares:
-                return False
-            self._shares.drop_one()
-            return True  # look again
+            return self._may_look_again()
         self._waiting.pop()
         slot = self.batch.add(request, num_cached)
         request.status = RequestStatus.RUNNING
         if fork:
             copies = self.kv.fork(slot, group.held_blocks, num_cached)
             assert copies is not None
-            plan.copies += copies
+            plan.copies += [(slot, *copy) for copy in copies]
         else:
             self.kv.admit(slot, shared)
         if request.spec.bypass_prefix_cache:
@@ -309,8 +348,34 @@ class Scheduler:
         plan.admitted.append((slot, count))
         plan.budget -= count
         self._note_admission(request, num_cached, now)
-        plan.new_requests.append(self._new_request(request, num_cached, forked=fork))
+        plan.new_requests.append(self._new_request(request, slot, request.row, num_cached, forked=fork))
         self._shares.note_fork(request)
+        return True
+
+    def _may_look_again(self) -> bool:
+        """After a request did not fit: room is made for it only if nothing runs."""
+        if self.batch.num_running or not self._shares:
+            return False
+        self._shares.drop_one()
+        return True
+
+    def _admit_beams(self, plan: Plan, request: Request, now: float) -> bool:
+        if min(self.batch.num_free_slots, plan.budget) < request.num_rows:
+            return False
+        shared = self.kv.find_prefix(request)
+        if not self._beams.fits(request, shared, keep_watermark=self.batch.num_running > 0):
+            return self._may_look_again()
+        self._waiting.pop()
+        num_cached = len(shared) * self.kv.block_size
+        self._beams.admit(request, shared, num_cached)
+        request.status = RequestStatus.RUNNING
+        if request.spec.bypass_prefix_cache:
+            self.kv.never_index(request.slot)
+        self._note_admission(request, num_cached, now)
+        for row, slot in enumerate(request.slots):
+            plan.new_requests.append(self._new_request(request, slot, row, 0 if row else num_cached, forked=row > 0))
+        self._beams.take_step(plan, request, now)  # if nothing of the prompt is left but its last token
+        self._beams.compute_rows(plan, request)
         return True
 
     def _note_admission(self, request: Request, num_cached: int, now: float) -> None:
@@ -322,21 +387,21 @@ class Scheduler:
             self.meter.total.cache_hits += num_cached
         if spec.params.max_time is not None:
             self.batch.limit_time(request.slot, group.start_time + spec.params.max_time)
-            if request.num_tokens == len(group.prompt):
+            if request.num_tokens == len(group.prompt) and request.beams is None:
                 self._time_limits.add(group.start_time + spec.params.max_time, request)
 
-    def _new_request(self, request: Request, num_computed: int, *, forked: bool) -> NewRequest:
+    def _new_request(self, request: Request, slot: int, row: int, num_computed: int, *, forked: bool) -> NewRequest:
         group, spec = request.group, request.spec
         wants_prompt = not forked and group.num_prompt_logprobs < len(group.prompt) - 1
         return NewRequest(
-            slot=request.slot,
+            slot=slot,
             group_id=group.group_id,
-            row=request.row,
-            num_rows=spec.num_sequences,
-            token_ids=request.token_ids,
+            row=row,
+            num_rows=group.num_rows,
+            token_ids=request.token_ids if request.beams is None else request.beams.rows[row],
             prompt_len=len(group.prompt),
             num_computed_tokens=num_computed,
-            block_ids=self.kv.block_table[request.slot, : self.kv.num_blocks[request.slot]].copy(),
+            block_ids=self.kv.block_table[slot, : self.kv.num_blocks[slot]].copy(),
             params=spec.params,
             max_total_tokens=spec.max_total_tokens,
             eos_token_ids=tuple(spec.eos_token_ids),
@@ -348,14 +413,12 @@ class Scheduler:
 
     def _launch(self, plan: Plan, now: float) -> SchedulerOutput:
         """Turns the plan into arrays and moves the counters past it."""
-        batch = self.batch
+        batch, listed = self.batch, plan.beams + plan.admitted
         single = [
-            slot
-            for slot, count in plan.admitted
-            if count == 1 and batch.num_tokens[slot] - batch.num_computed[slot] == 1
+            slot for slot, count in listed if count == 1 and batch.num_tokens[slot] - batch.num_computed[slot] == 1
         ]
         singles = set(single)
-        several = plan.prefill + [(slot, count) for slot, count in plan.admitted if slot not in singles]
+        several = plan.prefill + [(slot, count) for slot, count in listed if slot not in singles]
         num_decode_rows = len(plan.decode) + len(single)
         if single or several:
             slots = np.concatenate([plan.decode, np.array(single + [slot for slot, _ in several], np.int32)])
@@ -367,7 +430,7 @@ class Scheduler:
         reached = computed + scheduled
         samples = reached == batch.num_tokens[slots]
         batch.num_computed[slots] = reached
-        batch.num_tokens[slots] += samples
+        batch.num_tokens[slots] += samples & ~batch.is_beam[slots] if plan.beams else samples
         batch.in_flight[slots] += 1
         self._num_in_flight += 1
         step = SchedulerOutput(next(self._step_ids), slots, computed, scheduled, samples, num_decode_rows)
@@ -405,6 +468,8 @@ class Scheduler:
         for values in output.prompt_logprobs:
             self._send_prompt_logprobs(batch.requests[int(slots[values.row])], values)
         self._index_full_blocks(step)
+        for choice in output.beams:
+            self._take_choice(choice)
         for row in rows[tokens.finish != 0].tolist():
             self._end_reported(batch.request_at(int(slots[row])))
         self._vacate_landed(slots)
@@ -422,6 +487,20 @@ class Scheduler:
             finish[(finish == 0) & (batch.end_time[slots] <= now)] = FinishReason.TIME
         return StepTokens(rows, batch.frontend[slots], batch.key[slots], token_ids, finish, output.logprobs)
 
+    def _take_choice(self, choice: BeamChoice) -> None:
+        """A beam search goes on, or has ended."""
+        batch = self.batch
+        if not batch.live[choice.slot]:
+            return
+        request = batch.request_at(choice.slot)
+        self._announce(np.array([choice.slot]))
+        self.meter.total.generation_tokens += len(choice.token_ids)
+        if choice.found is None:
+            self._beams.advance(request, choice.parents, choice.token_ids)
+        else:
+            self._events.found(request, choice.found)
+            self._end_reported(request)
+
     def _index_full_blocks(self, step: SchedulerOutput) -> None:
         """Blocks filled by this step hold tokens that are known by now."""
         if not self.pool.enable_prefix_caching:
@@ -431,7 +510,10 @@ class Scheduler:
         for row in np.flatnonzero((reached > self.kv.num_indexed[slots]) & self.batch.live[slots]).tolist():
             slot = int(slots[row])
             computed = int(step.num_computed[row] + step.num_scheduled[row])
-            self.kv.index(slot, self.batch.request_at(slot), self.batch.token_ids[slot], computed)
+            request = self.batch.request_at(slot)
+            if request.beams is not None:  # what follows the prompt is of one beam among several
+                computed = min(computed, len(request.group.prompt))
+            self.kv.index(slot, request, self.batch.token_ids[slot], computed)
 
     def _announce(self, slots: Int32s) -> None:
         """Tells the front-ends of prompts whose first token is here."""
@@ -461,14 +543,15 @@ class Scheduler:
         """Empties slots that were only waiting for this step: ended, or preempted in flight."""
         batch = self.batch
         for slot in list(self._evicting):
-            if not batch.in_flight[slot]:
+            request = batch.request_at(slot)
+            if not batch.in_flight[request.slots].any():
                 del self._evicting[slot]
-                self._requeue(batch.request_at(slot))
+                self._requeue(request)
         for slot in slots[(batch.in_flight[slots] == 0) & ~batch.live[slots]].tolist():
-            request = batch.requests[slot]
-            if request is not None:
+            ended = batch.requests[slot]
+            if ended is not None:
                 self._vacate(slot)
-                self._release_if_gone(request.group)
+                self._release_if_gone(ended.group)
 
     def fail_step(self, step: SchedulerOutput, reason: Reason, now: float) -> dict[int, EngineCoreOutputs]:
         """The step could not be computed: all of its requests fail, with their siblings, who share what it wrote."""
@@ -491,13 +574,15 @@ class Scheduler:
         return self.pool.reset_cache()
 
     def load(self, now: float) -> EngineLoad:
-        waiting = [r for r in self._requests.values() if r.status in (RequestStatus.WAITING, RequestStatus.HELD)]
+        requests = dict.fromkeys(self._requests.values())
+        waiting = [r for r in requests if r.status in (RequestStatus.WAITING, RequestStatus.HELD)]
+        num_waiting = sum(r.num_rows for r in waiting)
         generation_rate, prompt_rate, hit_rate = self.meter.rates(now)
         total = self.meter.total
         return EngineLoad(
             time=time.time(),
-            running_requests=len(self._requests) - len(waiting),
-            waiting_requests=len(waiting),
+            running_requests=sum(r.num_rows for r in requests) - num_waiting,
+            waiting_requests=num_waiting,
             waiting_tokens=sum(r.num_tokens for r in waiting if r.status is RequestStatus.WAITING),
             used_blocks=self.pool.num_used,
             cached_blocks=self.pool.num_cached,
@@ -515,7 +600,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Asserts the invariants of slots, blocks and counters. For tests."""
-        check_invariants(self.batch, self.kv, list(self._requests.values()), self._shares.held_blocks())
+        requests = list(dict.fromkeys(self._requests.values()))
+        check_invariants(self.batch, self.kv, requests, self._shares.held_blocks())
         if not self.has_work:
             assert not self.batch.occupied_slots()
             assert not self.pool.num_used
