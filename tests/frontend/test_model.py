@@ -10,7 +10,7 @@ from octavo.checkpoint import resolve
 from octavo.errors import StartupError
 from octavo.frontend.defaults import checkpoint_params, default_params, resolve_params
 from octavo.frontend.model import FrontendModel
-from octavo.types import SUPPORTED_PARAMS, GenerationParams
+from octavo.types import SUPPORTED_PARAMS, ExponentialDecay, GenerationParams, SequenceBias
 
 
 def test_demo_resolves_to_the_defaults_of_generate() -> None:
@@ -33,9 +33,21 @@ def test_request_wins_over_the_file_and_the_file_over_the_global_default() -> No
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_beams", 4),
-        ("no_repeat_ngram_size", 2),
-        ("suppress_tokens", [1]),
+        ("no_repeat_ngram_size", -1),
+        ("encoder_repetition_penalty", 0),
+        ("epsilon_cutoff", 1.0),
+        ("suppress_tokens", [100]),
+        ("suppress_tokens", 5),
+        ("bad_words_ids", [3]),
+        ("bad_words_ids", [[]]),
+        ("sequence_bias", {"3": 1.0}),
+        ("sequence_bias", [[3, 1.0]]),
+        ("sequence_bias", [[[3], "x"]]),
+        ("exponential_decay_length_penalty", [1]),
+        ("exponential_decay_length_penalty", [1, 0]),
+        ("forced_eos_token_id", 100),
+        ("remove_invalid_values", 1),
+        ("early_stopping", "sometimes"),
         ("penalty_alpha", 0.6),
         ("watermarking_config", {"greenlist": 1}),
         ("output_hidden_states", True),
@@ -53,6 +65,40 @@ def test_value_that_cannot_be_honoured_stops_the_load_with_its_name(field: str, 
     assert caught.value.exit_code == StartupError.CHECKPOINT
 
 
+def test_every_list_of_the_file_is_taken_in_transformers_form() -> None:
+    raw = {
+        "sequence_bias": [[[1, 2], 0.5], [[3], -1]],
+        "bad_words_ids": [[4, 5], [7]],
+        "suppress_tokens": [8],
+        "begin_suppress_tokens": [9],
+        "forced_eos_token_id": 7,
+        "exponential_decay_length_penalty": [5, 1.5],
+        "eos_token_id": 7,
+        "top_h": None,
+    }
+    assert checkpoint_params(raw, 100) == GenerationParams(
+        sequence_bias=[SequenceBias([1, 2], 0.5), SequenceBias([3], -1)],
+        bad_words_ids=[[4, 5], [7]],
+        suppress_tokens=[8],
+        begin_suppress_tokens=[9],
+        forced_eos_token_id=[7],
+        exponential_decay_length_penalty=ExponentialDecay(5, 1.5),
+        eos_token_id=[7],
+    )
+
+
+def test_empty_list_of_a_request_clears_that_of_the_file() -> None:
+    checkpoint = checkpoint_params({"suppress_tokens": [8], "forced_eos_token_id": [7], "sequence_bias": [[[1], 1]]}, 9)
+    resolved = resolve_params(GenerationParams(suppress_tokens=[], forced_eos_token_id=[]), checkpoint)
+    assert (resolved.suppress_tokens, resolved.forced_eos_token_id) == ([], [])
+    assert resolved.sequence_bias == [SequenceBias([1], 1)]
+
+
+def test_a_file_that_forces_only_what_it_suppresses_stops_the_load() -> None:
+    with pytest.raises(StartupError, match="forced_bos_token_id"):
+        checkpoint_params({"suppress_tokens": [8], "forced_bos_token_id": 8}, 100)
+
+
 def test_neutral_values_and_fields_without_effect_are_accepted() -> None:
     raw = {
         "num_beams": 1,
@@ -65,7 +111,8 @@ def test_neutral_values_and_fields_without_effect_are_accepted() -> None:
         "transformers_version": "5",
         "num_assistant_tokens": 20,
     }
-    assert checkpoint_params(raw, 100) == GenerationParams()
+    params = checkpoint_params(raw, 100)
+    assert default_params(params) == default_params(GenerationParams(suppress_tokens=[]))
 
 
 def test_every_generation_config_field_of_transformers_is_known() -> None:

@@ -107,12 +107,13 @@ def test_an_unsupported_field_may_be_set_to_its_neutral_value(name: str) -> None
 
 def test_all_unsupported_fields_are_told_at_once() -> None:
     message = generation_pb2.GenerateRequest()
-    message.params.num_beams = 4
-    message.params.top_h = 0.5
-    message.params.bad_words.append("x")
+    names = [name for name in ("num_beams", "guidance_scale", "token_healing") if name not in types.SUPPORTED_PARAMS]
+    for name in names:
+        fill_one(message.params, message.params.DESCRIPTOR.fields_by_name[name])
+    message.params.ParseFromString(message.params.SerializeToString() + b"\xb8\x3e\x01")
     with pytest.raises(RequestError) as caught:
         fields.read_request(message)
-    assert {v.field for v in caught.value.violations} == {"params.num_beams", "params.top_h", "params.bad_words"}
+    assert {v.field for v in caught.value.violations} == {f"params.{name}" for name in [*names, "999"]}
 
 
 def test_presence_and_emptiness_are_kept_apart() -> None:

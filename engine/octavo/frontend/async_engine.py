@@ -19,7 +19,7 @@ from octavo.errors import Reason, RequestError
 from octavo.frontend.admission import Admission
 from octavo.frontend.client import EngineCoreClient
 from octavo.frontend.failures import failure
-from octavo.frontend.input_processor import InputProcessor, ProcessedRequest
+from octavo.frontend.input_processor import CheckedRequest, InputProcessor, ProcessedRequest
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.output_processor import OutputProcessor
 from octavo.frontend.request_handle import RequestHandle
@@ -159,7 +159,7 @@ class AsyncEngine:
         self._num_submitting += 1
         self._update_idle()
         try:
-            token_ids = await self._tokenize(checked.texts, checked.prompt_options)
+            token_ids = await self._tokenize(checked)
             processed = self._inputs.finish(
                 checked,
                 token_ids,
@@ -314,11 +314,11 @@ class AsyncEngine:
 
         return await self._run_for_rpc(decode, sum(map(len, token_ids)) > INLINE_CHARACTERS)
 
-    async def _tokenize(self, texts: list[str], options: PromptOptions) -> list[list[int]]:
-        if sum(map(len, texts)) <= INLINE_CHARACTERS:
-            return self._inputs.tokenize(texts, options)
+    async def _tokenize(self, checked: CheckedRequest) -> list[list[int]]:
+        if sum(map(len, checked.texts)) + sum(map(len, checked.words)) <= INLINE_CHARACTERS:
+            return self._inputs.tokenize_all(checked)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._inputs.tokenize, texts, options)
+        return await loop.run_in_executor(self._threads, self._inputs.tokenize_all, checked)
 
     async def _run_for_rpc(self, function: Callable[[], _T], in_thread: bool) -> _T:
         if not in_thread:

@@ -13,14 +13,18 @@ import msgspec
 
 from octavo.config import Limits
 from octavo.errors import RequestError, StartupError
-from octavo.frontend.validation import UNSUPPORTED_NEUTRAL, param_ranges, show
+from octavo.frontend.param_checks import ParamChecker, check_token_rules
+from octavo.frontend.validation import UNSUPPORTED_NEUTRAL, Violations, show
 from octavo.frontend.watermarks import resolve_watermark, watermark_of_file
 from octavo.types import (
     SUPPORTED_PARAMS,
+    EarlyStopping,
+    ExponentialDecay,
     GenerationParams,
     LogprobKind,
     OutputOptions,
     PromptOptions,
+    SequenceBias,
     StopStringOutput,
     Watermark,
 )
@@ -37,32 +41,41 @@ GLOBAL_DEFAULTS: Final = GenerationParams(
     top_p=1.0,
     typical_p=1.0,
     num_return_sequences=1,
+    epsilon_cutoff=0.0,
+    eta_cutoff=0.0,
     repetition_penalty=1.0,
+    encoder_repetition_penalty=1.0,
+    no_repeat_ngram_size=0,
+    encoder_no_repeat_ngram_size=0,
     frequency_penalty=0.0,
     presence_penalty=0.0,
+    remove_invalid_values=False,
+    renormalize_logits=False,
 )
 """transformers 5.23's, for the fields that we support; lengths depend on the prompt and are resolved with it."""
 DEFAULT_NEW_TOKENS: Final = 20
 DEFAULT_STREAM_DELAY: Final = 0.1
 """Seconds."""
 
-_FILE_FIELDS: Final = (
-    "max_new_tokens",
-    "max_length",
-    "min_new_tokens",
-    "min_length",
-    "max_time",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "num_return_sequences",
-    "repetition_penalty",
-    "bos_token_id",
+_EXTENSIONS: Final = frozenset(
+    {
+        "stop_token_ids",
+        "ignore_eos",
+        "stop_string_output",
+        "stop_strings_ignore_prompt",
+        "seed",
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "bad_words",
+        "allowed_token_ids",
+    }
 )
-"""Fields of GenerationConfig that we honour, numbers and booleans; ids and strings of the end come extra."""
+"""Fields of GenerationParams that a GenerationConfig does not have."""
+_FILE_FIELDS: Final = SUPPORTED_PARAMS - _EXTENSIONS
+_EMPTY_IS_UNSET: Final = frozenset(
+    field.name for field in msgspec.structs.fields(GenerationParams) if field.default_factory is not msgspec.NODEFAULT
+)
 _WITHOUT_EFFECT: Final = frozenset(
     {
         "use_cache",
@@ -103,35 +116,35 @@ _REJECTED_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "target_lookbehind": (10,),
     "assistant_ensemble_weight": (0,),
     "watermarking_config": (),
+    **{name: (neutral,) for name, neutral in UNSUPPORTED_NEUTRAL.items()},
     "early_stopping": (False,),
-    "top_h": (),
-    **{
-        name: (neutral,)
-        for name, neutral in UNSUPPORTED_NEUTRAL.items()
-        if name not in ("early_stopping", "top_h", "bad_words")
-    },
 }
 """Fields of GenerationConfig that nothing honours, with the values at which that makes no difference."""
 
 
-def checkpoint_params(raw: dict[str, Any], vocab_size: int) -> GenerationParams:
+def checkpoint_params(raw: dict[str, Any], vocab_size: int, n_positions: int = 1024) -> GenerationParams:
     """What generation_config.json sets, as parameters. Raises StartupError (CHECKPOINT) naming the field."""
     values: dict[str, Any] = {}
-    ranges = param_ranges(Limits(), vocab_size)
     for name, value in raw.items():
+        if value is None or (value == [] and name == "eos_token_id"):
+            continue
         if name in _FILE_FIELDS:
-            values[name] = _checked(name, value, ranges)
-        elif name == "eos_token_id":
-            values[name] = _token_ids(name, value, vocab_size)
-        elif name == "stop_strings":
-            values[name] = _stop_strings(value)
-        elif name == "watermarking_config":
-            values[name] = None if value is None else _watermark(value)
+            values[name] = _from_file(name, value)
         elif name in _ENCODER_DECODER:
             _log.info("generation_config.json: %s is of encoder-decoder models and does nothing here", name)
         elif name not in _WITHOUT_EFFECT and not _is_neutral(name, value):
             raise _unusable(name, f"= {show(value)} is not implemented; remove it from the file to serve without")
-    return GenerationParams(**values)
+    params = GenerationParams(**values)
+    violations = Violations()
+    ParamChecker(Limits(), vocab_size, n_positions).check(violations, params)
+    if not violations:
+        check_token_rules(violations, GenerationParams(), params)
+    try:
+        violations.raise_if_any()
+    except RequestError as error:
+        first = error.violations[0]
+        raise _unusable(first.field.removeprefix("params."), first.description) from None
+    return params
 
 
 def default_params(checkpoint: GenerationParams) -> GenerationParams:
@@ -197,32 +210,49 @@ def resolve_prompt_options(options: PromptOptions, split_special_tokens: bool) -
 
 
 def _set_fields(params: GenerationParams) -> dict[str, Any]:
-    return {name: value for name, value in msgspec.structs.asdict(params).items() if value not in (None, [], {})}
+    """An empty list is a value only where None means unset: there it clears the checkpoint's."""
+    fields = msgspec.structs.asdict(params).items()
+    return {name: value for name, value in fields if value is not None and (value or name not in _EMPTY_IS_UNSET)}
 
 
-def _checked(name: str, value: Any, ranges: dict[str, Any]) -> Any:
-    if name == "do_sample":
-        if not isinstance(value, bool):
-            raise _unusable(name, f"must be true or false, not {show(value)}")
-        return value
-    problem = ranges[name].problem(value)
-    if problem is not None:
-        raise _unusable(name, problem)
+def _from_file(name: str, value: Any) -> Any:
+    """A value in our form; what stands in lists is checked later, with everything else."""
+    if name in ("eos_token_id", "forced_eos_token_id"):
+        return value if isinstance(value, list) else [value]
+    if name in ("suppress_tokens", "begin_suppress_tokens"):
+        return _list(name, value, int)
+    if name == "bad_words_ids":
+        return _list(name, value, list)
+    if name == "stop_strings":
+        return _list(name, [value] if isinstance(value, str) else value, str)
+    if name == "sequence_bias":
+        pairs = _list(name, value, list)
+        if not all(len(pair) == 2 and isinstance(pair[0], list) for pair in pairs):
+            raise _unusable(name, "must be a list of pairs, each of token ids and a bias")
+        return [SequenceBias(token_ids, bias) for token_ids, bias in pairs]
+    if name == "exponential_decay_length_penalty":
+        if len(_list(name, value, (int, float))) != 2:
+            raise _unusable(name, f"must be a pair, not {show(value)}")
+        return ExponentialDecay(*value)
+    if name == "early_stopping":
+        return _early_stopping(value)
+    if name == "watermarking_config":
+        return _watermark(value)
     return value
 
 
-def _token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids):
-        raise _unusable(name, f"must be token ids below vocab_size {vocab_size}, not {show(value)}")
-    return ids
+def _list(name: str, value: Any, kind: type | tuple[type, ...]) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
+        names = " or ".join(entry.__name__ for entry in (kind if isinstance(kind, tuple) else (kind,)))
+        raise _unusable(name, f"must be a list of {names}, not {show(value)}")
+    return value
 
 
-def _stop_strings(value: Any) -> list[str]:
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(string, str) and string for string in strings):
-        raise _unusable("stop_strings", "must be strings that are not empty")
-    return strings
+def _early_stopping(value: Any) -> EarlyStopping:
+    for known, meaning in ((False, EarlyStopping.FALSE), (True, EarlyStopping.TRUE), ("never", EarlyStopping.NEVER)):
+        if value is known or value == known == "never":
+            return meaning
+    raise _unusable("early_stopping", f'must be true, false or "never", not {show(value)}')
 
 
 def _watermark(value: Any) -> Watermark:

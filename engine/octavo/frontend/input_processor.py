@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from octavo.errors import Reason, RequestError
 from octavo.frontend.defaults import complete, resolve_output, resolve_prompt_options
 from octavo.frontend.lengths import Context, LengthProblems, Lengths, resolve_lengths, truncate
 from octavo.frontend.model import FrontendModel
+from octavo.frontend.param_checks import END_AS_BAD_WORD, end_token_ids
 from octavo.frontend.request_checks import RequestChecker
 from octavo.frontend.tokenizer import TokenizerError
 from octavo.frontend.validation import Violations, check_token_ids
@@ -98,6 +99,11 @@ class CheckedRequest:
         """What is to be tokenized; empty texts are not."""
         return [prompt.text for prompt in self.request.prompts if prompt.text]
 
+    @property
+    def words(self) -> list[str]:
+        """Bad words: each as written, then with a space in front."""
+        return [text for word in self.params.bad_words for text in (word, " " + word)]
+
 
 class InputProcessor:
     """Validates and resolves requests. Owns the keys of this front-end's sequences."""
@@ -127,7 +133,7 @@ class InputProcessor:
         KV-cache could hold. Raises RequestError with every violation that the failing step found.
         """
         checked = self.check(request)
-        token_ids = self.tokenize(checked.texts, checked.prompt_options)
+        token_ids = self.tokenize_all(checked)
         return self.finish(
             checked,
             token_ids,
@@ -158,6 +164,11 @@ class InputProcessor:
         except TokenizerError as error:
             raise RequestError(Reason.INTERNAL, "the prompt could not be tokenized") from error
 
+    def tokenize_all(self, checked: CheckedRequest) -> list[list[int]]:
+        """Ids of `checked.texts`, then of `checked.words`. May run in any thread; raises as `tokenize`."""
+        plain = msgspec.structs.replace(checked.prompt_options, add_special_tokens=False)
+        return self.tokenize(checked.texts, checked.prompt_options) + self.tokenize(checked.words, plain)
+
     def finish(
         self,
         checked: CheckedRequest,
@@ -170,8 +181,9 @@ class InputProcessor:
         streaming: bool,
         info: EngineInfo | None,
     ) -> ProcessedRequest:
-        """`token_ids`: of `checked.texts`. Raises RequestError: CONTEXT_LENGTH_EXCEEDED, INVALID_FIELD,
+        """`token_ids`: from `tokenize_all`. Raises RequestError: CONTEXT_LENGTH_EXCEEDED, INVALID_FIELD,
         REQUEST_TOO_LARGE, RESPONSE_TOO_LARGE."""
+        for_core = self._with_bad_words(checked, token_ids[len(checked.texts) :])
         prompts, lengths = self._prompts_and_lengths(checked, token_ids)
         if info is not None:
             self._check_fits_cache(lengths, info)
@@ -183,7 +195,7 @@ class InputProcessor:
         for i, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
             seed = self._seed(checked.params)
             core_request = msgspec.structs.replace(
-                self._core_request(checked, ids, length, seed or 0, salt, arrival_time),
+                self._core_request(for_core, ids, length, seed or 0, salt, arrival_time),
                 deadline=deadline,
                 deadline_is_client=deadline_is_client,
             )
@@ -220,6 +232,25 @@ class InputProcessor:
             for i, ids in enumerate(token_ids):
                 check_token_ids(violations, f"token_ids[{i}].ids", ids, vocab_size, limit)
         violations.raise_if_any()
+
+    def _with_bad_words(self, checked: CheckedRequest, words: list[list[int]]) -> CheckedRequest:
+        """With the bad words among `bad_words_ids`. `words`: ids of `checked.words`."""
+        if not words:
+            return checked
+        violations = Violations()
+        ends, longest = end_token_ids(checked.params), self._limits.max_token_sequence_length
+        for i, token_ids in enumerate(words):
+            path = f"params.bad_words[{i // 2}]"
+            if not token_ids:
+                violations.add(path, "has no tokens")
+            elif len(token_ids) > longest:
+                violations.add(path, f"has {len(token_ids)} tokens, the limit is {longest}")
+            elif len(token_ids) == 1 and token_ids[0] in ends:
+                violations.add(path, END_AS_BAD_WORD)
+        violations.raise_if_any()
+        params = checked.params
+        together = [*params.bad_words_ids, *words]
+        return replace(checked, params=msgspec.structs.replace(params, bad_words=[], bad_words_ids=together))
 
     def _prompts_and_lengths(
         self, checked: CheckedRequest, token_ids: list[list[int]]

@@ -49,7 +49,7 @@ class FrontendModel:
             raise StartupError(
                 StartupError.USAGE, f"max_model_len must be 2 to {longest} (n_positions + 1), not {max_model_len}"
             )
-        from_file = checkpoint_params(read_generation_config(path), spec.vocab_size)
+        from_file = checkpoint_params(read_generation_config(path), spec.vocab_size, spec.n_positions)
         return cls(
             name=name,
             spec=spec,

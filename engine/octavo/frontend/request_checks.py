@@ -8,23 +8,19 @@ from octavo.config import Limits
 from octavo.errors import Reason, RequestError
 from octavo.frontend.defaults import DEFAULT_NEW_TOKENS, resolve_params
 from octavo.frontend.model import FrontendModel
+from octavo.frontend.param_checks import ParamChecker, check_bools, check_token_rules
 from octavo.frontend.validation import (
-    LOGIT_BIAS,
     NAME_PATTERN,
     PRIORITY,
     SAMPLING_NEUTRAL,
     Range,
     Violations,
     check_ranges,
-    check_strings,
     check_token_ids,
-    check_unsupported,
     output_ranges,
-    param_ranges,
     show,
     utf8_length,
 )
-from octavo.frontend.watermarks import check_watermark
 from octavo.types import (
     GenerateRequest,
     GenerationParams,
@@ -32,7 +28,6 @@ from octavo.types import (
     OutputOptions,
     Prompt,
     PromptOptions,
-    StopStringOutput,
 )
 
 
@@ -43,7 +38,7 @@ class RequestChecker:
         self._model = model
         self._limits = limits
         self._vocab_size = model.spec.vocab_size
-        self._param_ranges = param_ranges(limits, self._vocab_size)
+        self._params = ParamChecker(limits, self._vocab_size, model.spec.n_positions)
         self._output_ranges = output_ranges(limits, model.spec.vocab_size)
         self._truncate_range = Range(1, model.spec.n_positions, integer=True)
 
@@ -56,13 +51,17 @@ class RequestChecker:
         violations = Violations()
         self._check_names(violations, request)
         self._check_prompts(violations, request)
-        wrong = self._check_params(violations, request.params)
+        num_before = len(violations)
+        wrong = self._params.check(violations, request.params)
+        sound = len(violations) == num_before
         self._check_output(violations, request.output)
         self._check_prompt_options(violations, request.prompt_options)
         params = resolve_params(request.params, self._model.checkpoint_params)
         _check_exclusions(violations, request.params)
         if not wrong:
             self._check_combinations(violations, request.params, params)
+        if sound:
+            check_token_rules(violations, request.params, params)
         violations.raise_if_any()
         self._check_num_sequences(len(request.prompts), params.num_return_sequences or 1)
         return params
@@ -80,7 +79,7 @@ class RequestChecker:
             violations.add("cache.cache_salt", rule)
         if (problem := PRIORITY.problem(request.priority)) is not None:
             violations.add("priority", problem)
-        _check_bools(violations, "cache", request.cache, ("bypass_prefix_cache",))
+        check_bools(violations, "cache", request.cache, ("bypass_prefix_cache",))
 
     def _check_prompts(self, violations: Violations, request: GenerateRequest) -> None:
         prompts = request.prompts
@@ -118,50 +117,12 @@ class RequestChecker:
         elif size > limit:
             violations.add(path, f"has {'at least ' if len(text) > limit else ''}{size} bytes, the limit is {limit}")
 
-    def _check_params(self, violations: Violations, params: GenerationParams) -> set[str]:
-        """Each field on its own. Returns the numeric ones that are wrong."""
-        limits = self._limits
-        check_unsupported(violations, params)
-        wrong = check_ranges(violations, "params", params, self._param_ranges)
-        wrong |= _check_bools(violations, "params", params, ("do_sample", "ignore_eos", "stop_strings_ignore_prompt"))
-        if params.eos_token_id is not None:
-            if not params.eos_token_id:
-                violations.add(
-                    "params.eos_token_id", "must not be empty; use ignore_eos to go on after end-of-sequence"
-                )
-            self._check_ids(violations, "params.eos_token_id", params.eos_token_id, limits.max_stop_token_ids)
-        self._check_ids(violations, "params.stop_token_ids", params.stop_token_ids, limits.max_stop_token_ids)
-        check_strings(
-            violations,
-            "params.stop_strings",
-            params.stop_strings,
-            limits.max_stop_strings,
-            limits.max_stop_string_bytes,
-        )
-        if not isinstance(params.stop_string_output, StopStringOutput | None):
-            violations.add("params.stop_string_output", f"has no value {show(params.stop_string_output)}")
-        self._check_logit_bias(violations, params.logit_bias)
-        if params.watermarking_config is not None:
-            check_watermark(violations, "params.watermarking_config", params.watermarking_config)
-        return wrong
-
     def _check_ids(self, violations: Violations, path: str, token_ids: list[int], limit: int) -> None:
         check_token_ids(violations, path, token_ids, self._vocab_size, limit)
 
-    def _check_logit_bias(self, violations: Violations, biases: dict[int, float]) -> None:
-        path = "params.logit_bias"
-        if not biases or not check_token_ids(
-            violations, path, list(biases), self._vocab_size, self._limits.max_token_list
-        ):
-            return
-        for token_id, bias in biases.items():
-            if (problem := LOGIT_BIAS.problem(bias)) is not None:
-                violations.add(f"{path}[{token_id}]", problem)
-                return
-
     def _check_output(self, violations: Violations, output: OutputOptions) -> None:
         check_ranges(violations, "output", output, self._output_ranges)
-        _check_bools(
+        check_bools(
             violations,
             "output",
             output,
@@ -188,7 +149,7 @@ class RequestChecker:
 
     def _check_prompt_options(self, violations: Violations, options: PromptOptions) -> None:
         check_ranges(violations, "prompt_options", options, {"truncate_to_last": self._truncate_range})
-        _check_bools(
+        check_bools(
             violations,
             "prompt_options",
             options,
@@ -240,11 +201,3 @@ def _check_exclusions(violations: Violations, own: GenerationParams) -> None:
         violations.add("params.min_length", "excludes min_new_tokens")
     if own.ignore_eos and own.eos_token_id is not None:
         violations.add("params.ignore_eos", "excludes eos_token_id")
-
-
-def _check_bools(violations: Violations, path: str, struct: Any, names: tuple[str, ...]) -> set[str]:
-    wrong = {name for name in names if not isinstance(getattr(struct, name), bool | None)}
-    for name in names:
-        if name in wrong:
-            violations.add(f"{path}.{name}", f"must be true or false, not {show(getattr(struct, name))}")
-    return wrong

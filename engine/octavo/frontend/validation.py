@@ -16,7 +16,7 @@ import numpy as np
 
 from octavo.config import Limits
 from octavo.errors import FieldViolation, Reason, RequestError
-from octavo.types import EarlyStopping, GenerationParams
+from octavo.types import SUPPORTED_PARAMS, EarlyStopping, GenerationParams
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9._:\-]{0,128}\Z")
 """Of request ids and cache salts."""
@@ -28,6 +28,9 @@ class Violations:
     def __init__(self) -> None:
         self._invalid: list[FieldViolation] = []
         self._unsupported: list[FieldViolation] = []
+
+    def __len__(self) -> int:
+        return len(self._invalid) + len(self._unsupported)
 
     def add(self, field: str, description: str) -> None:
         self._invalid.append(FieldViolation(field, description))
@@ -53,6 +56,7 @@ class Range:
     low: float
     high: float = inf
     low_open: bool = False
+    high_open: bool = False
     integer: bool = False
 
     def problem(self, value: Any) -> str | None:
@@ -66,15 +70,19 @@ class Range:
             return False
         if isinstance(value, float) and not isfinite(value):
             return False
-        return (value > self.low if self.low_open else value >= self.low) and value <= self.high
+        if not (value > self.low if self.low_open else value >= self.low):
+            return False
+        return value < self.high if self.high_open else value <= self.high
 
     def __str__(self) -> str:
         noun = "an integer" if self.integer else "a finite number"
+        if self.low == -inf:
+            return noun
         above = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
         if self.high == inf:
             return f"{noun} {above}"
         high = f"{self.high:.0f}" if self.integer else f"{self.high:g}"
-        return f"{noun} {above} and at most {high}"
+        return f"{noun} {above} and {'below' if self.high_open else 'at most'} {high}"
 
 
 def param_ranges(limits: Limits, vocab_size: int) -> dict[str, Range]:
@@ -90,9 +98,16 @@ def param_ranges(limits: Limits, vocab_size: int) -> dict[str, Range]:
         "top_p": Range(0, 1),
         "min_p": Range(0, 1),
         "typical_p": Range(0, 1, low_open=True),
+        "top_h": Range(0, 1, low_open=True),
+        "epsilon_cutoff": Range(0, 1, high_open=True),
+        "eta_cutoff": Range(0, 1, high_open=True),
         "seed": Range(0, 2**64 - 1, integer=True),
         "num_return_sequences": Range(1, limits.max_num_return_sequences, integer=True),
         "repetition_penalty": Range(0, low_open=True),
+        "encoder_repetition_penalty": Range(0, low_open=True),
+        "no_repeat_ngram_size": Range(0, integer=True),
+        "encoder_no_repeat_ngram_size": Range(0, integer=True),
+        "forced_bos_token_id": Range(0, vocab_size - 1, integer=True),
         "frequency_penalty": Range(-2, 2),
         "presence_penalty": Range(-2, 2),
         "bos_token_id": Range(0, vocab_size - 1, integer=True),
@@ -110,36 +125,31 @@ def output_ranges(limits: Limits, vocab_size: int) -> dict[str, Range]:
 
 
 LOGIT_BIAS: Final = Range(-100, 100)
+FINITE: Final = Range(-inf)
+FACTOR: Final = Range(0, low_open=True)
 PRIORITY: Final = Range(-100, 100, integer=True)
-SAMPLING_NEUTRAL: Final[dict[str, Any]] = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1}
-"""Fields that act only when sampling, and the values at which they do nothing."""
-
-UNSUPPORTED_NEUTRAL: Final[dict[str, Any]] = {
+SAMPLING_NEUTRAL: Final[dict[str, Any]] = {
+    "temperature": 1,
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": 0,
+    "typical_p": 1,
     "top_h": None,
     "epsilon_cutoff": 0,
     "eta_cutoff": 0,
+}
+"""Fields that act only when sampling, and the values at which they do nothing (None: there is none)."""
+
+_NEUTRAL: Final[dict[str, Any]] = {
     "num_beams": 1,
     "length_penalty": 1,
     "early_stopping": EarlyStopping.FALSE,
-    "encoder_repetition_penalty": 1,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "sequence_bias": [],
-    "bad_words_ids": [],
-    "bad_words": [],
-    "suppress_tokens": [],
-    "begin_suppress_tokens": [],
-    "allowed_token_ids": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": [],
-    "exponential_decay_length_penalty": None,
-    "remove_invalid_values": False,
-    "renormalize_logits": False,
     "guidance_scale": 1,
     "token_healing": False,
     "prompt_lookup_num_tokens": 0,
     "max_matching_ngram_size": 2,
 }
+UNSUPPORTED_NEUTRAL: Final = {name: value for name, value in _NEUTRAL.items() if name not in SUPPORTED_PARAMS}
 """Fields of GenerationParams that nothing honours yet, and the value that is honoured by doing nothing."""
 
 
@@ -158,9 +168,8 @@ def check_unsupported(violations: Violations, params: GenerationParams) -> None:
     """Fields that nothing honours, unless unset or at the value that does nothing."""
     for name, neutral in UNSUPPORTED_NEUTRAL.items():
         value = getattr(params, name)
-        if value is None or (value == [] and name != "allowed_token_ids") or (neutral is not None and value == neutral):
-            continue
-        violations.add_unsupported(f"params.{name}")
+        if value is not None and value != neutral:
+            violations.add_unsupported(f"params.{name}")
 
 
 def check_token_ids(
@@ -197,7 +206,7 @@ def first_bad_id(token_ids: Sequence[int], vocab_size: int) -> int | None:
 
 
 def check_strings(violations: Violations, path: str, strings: Iterable[str], max_count: int, max_bytes: int) -> None:
-    """Stop strings: count, then each one's length in UTF-8."""
+    """Count, then each one's length in UTF-8."""
     strings = list(strings)
     if len(strings) > max_count:
         violations.add(path, f"has {len(strings)} strings, the limit is {max_count}")

@@ -25,6 +25,8 @@ Int64s = npt.NDArray[np.int64]
 
 NOTHING: Final = np.empty(0, np.int64)
 UNSIGNED_32: Final = 0xFFFFFFFF
+LONGEST: Final = 1 << 20
+"""No n-gram of this length fits a context."""
 LOGPROB_KINDS: Final = {
     LogprobKind.RAW_LOGPROB: device.LogprobKind.RAW_LOGPROB,
     LogprobKind.RAW_LOGIT: device.LogprobKind.RAW_LOGIT,
@@ -114,8 +116,8 @@ class DeviceStates:
         floats[Param.ETA_CUTOFF] = _or(params.eta_cutoff, 0.0)
         floats[Param.ENCODER_REPETITION_PENALTY] = 1.0 / _or(params.encoder_repetition_penalty, 1.0)
         words[Param.MAX_LENGTH] = request.max_total_tokens
-        words[Param.NO_REPEAT_NGRAM_SIZE] = params.no_repeat_ngram_size or 0
-        words[Param.ENCODER_NO_REPEAT_NGRAM_SIZE] = params.encoder_no_repeat_ngram_size or 0
+        words[Param.NO_REPEAT_NGRAM_SIZE] = min(params.no_repeat_ngram_size or 0, LONGEST)
+        words[Param.ENCODER_NO_REPEAT_NGRAM_SIZE] = min(params.encoder_no_repeat_ngram_size or 0, LONGEST)
         words[Param.FORCED_BOS] = -1 if forced_bos is None else forced_bos
         words[Param.BEGIN_LENGTH] = begin_length(request.prompt_len, forced_bos)
         if (decay := params.exponential_decay_length_penalty) is not None:

@@ -32,7 +32,8 @@ FILTERS: Final = RANKED | Feature.MIN_P | Feature.TYPICAL_P | Feature.EPSILON_CU
 def features_of(request: NewRequest) -> Feature:
     """The bits of a request with resolved parameters; neutral values set none."""
     params = request.params
-    words = [word for word in params.bad_words_ids if tuple(word) not in {(eos,) for eos in request.eos_token_ids}]
+    words = bad_words_of(request)
+    has_end = request.eos_token_ids or request.stop_token_ids
     uses = _union(
         *(
             feature
@@ -50,7 +51,7 @@ def features_of(request: NewRequest) -> Feature:
                 (Feature.FORCED_BOS, params.forced_bos_token_id is not None),
                 (Feature.FORCED_EOS, params.forced_eos_token_id),
                 (Feature.REMOVE_INVALID, params.remove_invalid_values),
-                (Feature.DECAY, params.exponential_decay_length_penalty is not None and request.eos_token_ids),
+                (Feature.DECAY, params.exponential_decay_length_penalty is not None and has_end),
                 (Feature.SUPPRESS, params.suppress_tokens),
                 (Feature.BEGIN_SUPPRESS, params.begin_suppress_tokens),
                 (WATERMARK, params.watermarking_config is not None),
@@ -63,6 +64,12 @@ def features_of(request: NewRequest) -> Feature:
     if params.do_sample and params.temperature != 0.0:
         uses |= Feature.SAMPLE | _warpers_of(params)
     return uses
+
+
+def bad_words_of(request: NewRequest) -> list[list[int]]:
+    """Without those that are just EOS: a checkpoint may name one, and transformers drops it."""
+    ends = {(token,) for token in (*request.eos_token_ids, *request.stop_token_ids)}
+    return [word for word in request.params.bad_words_ids if tuple(word) not in ends]
 
 
 def _has_minimum(request: NewRequest) -> bool:

@@ -189,7 +189,7 @@ def _raise_end_with_length(scores: Tensor, rows: Int64s, slots: Int32s, states: 
         steps = int(states.length[slot] - states.prompt_len[slot]) - decay.start_index
         if steps <= 0:
             continue
-        ids = torch.from_numpy(states.lists[slot].eos).to(scores.device)
+        ids = torch.from_numpy(states.lists[slot].end).to(scores.device)
         values = scores[row, ids]
         boosted = values + values.abs() * decay_growth(decay.factor, steps)
         scores[row, ids] = torch.where(values.isfinite(), boosted, values)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from octavo.step import Int32s, NewRequest
 from octavo.types import GenerationParams
+from octavo.worker.features import bad_words_of
 
 Int64s = npt.NDArray[np.int64]
 Float32s = npt.NDArray[np.float32]
@@ -58,7 +59,7 @@ class RowLists:
 def lists_of(request: NewRequest) -> RowLists:
     params = request.params
     ids, values, sequences = _biases(params)
-    words = [word for word in params.bad_words_ids if tuple(word) not in {(eos,) for eos in request.eos_token_ids}]
+    words = bad_words_of(request)
     return RowLists(
         bias_ids=ids,
         bias_values=values,
