@@ -162,6 +162,18 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"stop": "\ud800"}, ValueError, "stop_strings"),
     ({"stop": [1]}, TypeError, "stop_strings"),
     ({"bad_words_ids": [1, 2]}, TypeError, "bad_words_ids"),
+    ({"bad_words_ids": ["ab"]}, TypeError, "bad_words_ids"),
+    ({"bad_words_ids": []}, ValueError, "bad_words_ids"),
+    ({"sequence_bias": {}}, ValueError, "sequence_bias"),
+    ({"sequence_bias": {5: 1.0}}, TypeError, "sequence_bias"),
+    ({"sequence_bias": [5]}, TypeError, "sequence_bias"),
+    ({"sequence_bias": [[[1], 1.0, 2]]}, TypeError, "sequence_bias"),
+    ({"sequence_bias": {(-1,): 1.0}}, ValueError, "sequence_bias"),
+    ({"sequence_bias": {(1,): "x"}}, TypeError, "sequence_bias"),
+    ({"forced_eos_token_id": -1}, ValueError, "forced_eos_token_id"),
+    ({"no_repeat_ngram_size": -1}, ValueError, "no_repeat_ngram_size"),
+    ({"suppress_tokens": [1.5]}, TypeError, "suppress_tokens"),
+    ({"remove_invalid_values": 1}, TypeError, "remove_invalid_values"),
     ({"logit_bias": [1]}, TypeError, "logit_bias"),
     ({"exponential_decay_length_penalty": 5}, TypeError, "pair"),
     ({"early_stopping": "soon"}, ValueError, "never"),
@@ -221,6 +233,30 @@ def test_every_generation_parameter_can_be_set_by_its_own_name() -> None:
             except TypeError:
                 continue
         assert len(message.params.ListFields()) == 1, name
+
+
+def test_every_processor_of_a_real_generation_config_is_taken() -> None:
+    settings = {
+        "sequence_bias": {(1, 2): -1.0, (3,): 2},
+        "bad_words_ids": [[4, 5]],
+        "encoder_repetition_penalty": 2,
+        "no_repeat_ngram_size": 3,
+        "encoder_no_repeat_ngram_size": 4,
+        "suppress_tokens": [6],
+        "begin_suppress_tokens": [7],
+        "forced_bos_token_id": 8,
+        "forced_eos_token_id": [9],
+        "exponential_decay_length_penalty": (5, 1.5),
+        "remove_invalid_values": True,
+        "renormalize_logits": True,
+        "top_h": 0.5,
+        "epsilon_cutoff": 0.1,
+        "eta_cutoff": 0.2,
+        "do_sample": True,
+    }
+    assert sent(generation_config=GenerationConfig(**settings)) == sent(**settings)
+    assert sent(generation_config=settings) == sent(**settings)
+    assert len(sent(**settings)["params"]) == len(settings)
 
 
 def test_real_generation_config_is_taken_without_its_unset_fields() -> None:

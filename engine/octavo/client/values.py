@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -133,8 +133,13 @@ def _early_stopping(message: Any, field: Field, value: Any) -> None:
 
 
 def _sequence_bias(message: Any, field: Field, value: Any) -> None:
-    pairs = value.items() if isinstance(value, Mapping) else value
-    for ids, bias in pairs:
+    pairs = list(value.items()) if isinstance(value, Mapping) else list(value)
+    if not pairs:
+        raise ValueError("sequence_bias: has to name at least one sequence; leave it out for none")
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or isinstance(plain(pair[0]), int | str):
+            raise TypeError("sequence_bias: has to be a dict of tuples of token ids to biases, or a list of such pairs")
+        ids, bias = pair
         entry = types_pb2.SequenceBias(token_ids=token_ids("sequence_bias", ids), bias=number("sequence_bias", bias))
         message.sequence_bias.append(entry)
 
@@ -148,8 +153,10 @@ def _logit_bias(message: Any, field: Field, value: Any) -> None:
 
 
 def _bad_words_ids(message: Any, field: Field, value: Any) -> None:
+    if len(value) == 0:
+        raise ValueError("bad_words_ids: has to have at least one entry; leave it out for none")
     for ids in value:
-        if isinstance(plain(ids), int):
+        if isinstance(plain(ids), int | str):
             raise TypeError("bad_words_ids: has to be a list of lists of token ids")
         message.bad_words_ids.append(types_pb2.TokenIds(ids=token_ids("bad_words_ids", ids)))
 
