@@ -86,7 +86,8 @@ class Param(enum.IntEnum):
     ENCODER_NO_REPEAT_NGRAM_SIZE = 23
     FORCED_BOS = 24
     DECAY_START = 25
-    DECAY_FACTOR = 26  # (f)
+    DECAY_FACTOR = 26
+    """The low word of a double."""
     BEGIN_LENGTH = 27
     """BEGIN_SUPPRESS acts at this length only."""
     NUM_BIASES = 28
@@ -98,6 +99,8 @@ class Param(enum.IntEnum):
     NUM_TOP = 32
     NUM_REQUESTED = 33
     """Of `requested_ids`."""
+    DECAY_FACTOR_HIGH = 34
+    """The high word of DECAY_FACTOR: transformers raises it to a power in double."""
 
 
 NUM_PARAMS = 48

@@ -122,7 +122,7 @@ class DeviceStates:
         words[Param.BEGIN_LENGTH] = begin_length(request.prompt_len, forced_bos)
         if (decay := params.exponential_decay_length_penalty) is not None:
             words[Param.DECAY_START] = decay.start_index
-            floats[Param.DECAY_FACTOR] = decay.factor
+            words[[Param.DECAY_FACTOR, Param.DECAY_FACTOR_HIGH]] = np.array([decay.factor], "<f8").view(np.int32)
         words[Param.NUM_BIASES] = len(lists.bias_ids)
         words[Param.NUM_BIAS_SEQUENCES] = len(lists.bias_sequences)
         words[Param.NUM_BAD_WORDS] = len(lists.bad_words)
