@@ -88,11 +88,24 @@ class Watermark(msgspec.Struct, frozen=True, kw_only=True):
     synth_id: SynthIdWatermark | None = None
 
 
+class Choice(msgspec.Struct, frozen=True):
+    values: list[str]
+
+
+class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """Exactly one of the four is set."""
+
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    """GBNF."""
+    choice: Choice | None = None
+
+
 class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to generate. One field per field of the wire's GenerationParams, unset is None.
 
-    Not here yet, because nothing honours them and the validator rejects them by name: negative_prompt,
-    structured_output.
+    Not here yet, because nothing honours it and the validator rejects it by name: negative_prompt.
     """
 
     # Length and stopping
@@ -144,6 +157,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     renormalize_logits: bool | None = None
     guidance_scale: float | None = None
     watermarking_config: Watermark | None = None
+    structured_output: StructuredOutput | None = None
     # The rest
     bos_token_id: int | None = None
     token_healing: bool | None = None
@@ -194,6 +208,7 @@ SUPPORTED_PARAMS: Final[frozenset[str]] = frozenset(
         "remove_invalid_values",
         "renormalize_logits",
         "watermarking_config",
+        "structured_output",
         "bos_token_id",
     }
 )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from octavo.checkpoint import resolve
 from octavo.errors import StartupError
-from octavo.frontend.tokenizer import Tokenizer, TokenizerError
+from octavo.tokenizer import Tokenizer, TokenizerError
 
 ODD_TEXTS = [
     "",

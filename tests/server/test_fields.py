@@ -80,7 +80,7 @@ def test_every_field_of_a_request_is_read_or_rejected_by_its_path(path: str) -> 
 
 
 def test_every_field_of_the_wire_has_a_namesake_in_our_types() -> None:
-    missing = {"negative_prompt", "structured_output"}
+    missing = {"negative_prompt"}
     for name, struct in fields.STRUCTS.items():
         descriptor = generation_pb2.DESCRIPTOR.pool.FindMessageTypeByName(name)
         ours = {field.name for field in msgspec.structs.fields(struct)}
@@ -246,10 +246,17 @@ def test_every_option_survives_the_way_out_and_in() -> None:
 WATERMARK = types.Watermark(green_list=types.GreenListWatermark(seeding_scheme=types.SeedingScheme.SELFHASH))
 
 
-def test_watermarks_of_both_schemes_go_both_ways() -> None:
+CONSTRAINT = types.StructuredOutput(choice=types.Choice(["a", "b"]))
+
+
+def test_watermarks_and_constraints_go_both_ways() -> None:
     synth = types.Watermark(synth_id=types.SynthIdWatermark(ngram_len=3, keys=[1, -2], skip_first_ngram_calls=False))
-    for mark in (WATERMARK, synth):
-        params = types.GenerationParams(watermarking_config=mark)
+    for params in (
+        types.GenerationParams(watermarking_config=WATERMARK),
+        types.GenerationParams(watermarking_config=synth),
+        types.GenerationParams(structured_output=CONSTRAINT),
+        types.GenerationParams(structured_output=types.StructuredOutput(json_schema="{}")),
+    ):
         message = generation_pb2.GenerateRequest(params=convert.wire(params))
         assert fields.read_request(message).params == params
 
@@ -262,6 +269,7 @@ def test_every_parameter_of_ours_is_written() -> None:
             [types.SequenceBias([1], 2.0)] if "SequenceBias" in text
             else types.ExponentialDecay(1, 1.5) if "ExponentialDecay" in text
             else WATERMARK if "Watermark" in text
+            else CONSTRAINT if "StructuredOutput" in text
             else {1: 0.5} if "dict" in text
             else [[1]] if "list[list" in text
             else [1] if "list[int" in text
@@ -270,7 +278,7 @@ def test_every_parameter_of_ours_is_written() -> None:
         )  # fmt: skip
     message = convert.wire(types.GenerationParams(**values))
     unset = {field.name for field in message.DESCRIPTOR.fields} - {field.name for field, _ in message.ListFields()}
-    assert unset == {"negative_prompt", "structured_output"}
+    assert unset == {"negative_prompt"}
 
 
 def test_every_limit_and_every_figure_of_the_load_is_written() -> None:

@@ -24,6 +24,7 @@ from octavo.frontend.model import FrontendModel
 from octavo.frontend.output_processor import OutputProcessor
 from octavo.frontend.request_handle import RequestHandle
 from octavo.frontend.request_state import RequestState
+from octavo.frontend.structured import COMPILE_SECONDS, too_slow
 from octavo.frontend.validation import Violations
 from octavo.ipc import AbortCause, EngineCoreOutputs, LoadReport, ToFrontend
 from octavo.types import EngineInfo, EngineLoad, GenerateRequest, PromptOptions
@@ -88,6 +89,7 @@ class AsyncEngine:
         self._idle.set()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
         self._rpc_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer RPCs")
+        self._grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._num_rpc_calls = 0
         self._state_callbacks: list[Callable[[EngineState], None]] = []
         self._load_callbacks: list[Callable[[EngineLoad], None]] = []
@@ -159,6 +161,7 @@ class AsyncEngine:
         self._num_submitting += 1
         self._update_idle()
         try:
+            await self._compile(checked)
             token_ids = await self._tokenize(checked)
             processed = self._inputs.finish(
                 checked,
@@ -282,6 +285,17 @@ class AsyncEngine:
             handle.num_places = 0
         handle.notify()
 
+    async def _compile(self, checked: CheckedRequest) -> None:
+        """Off the event loop, one at a time."""
+        if self._inputs.is_compiled(checked):
+            self._inputs.compile(checked)
+            return
+        call = asyncio.get_running_loop().run_in_executor(self._grammar_thread, self._inputs.compile, checked)
+        try:
+            await asyncio.wait_for(call, COMPILE_SECONDS)
+        except TimeoutError:
+            raise too_slow() from None
+
     # --- tokenizer ------------------------------------------------------------------------------------------------
 
     async def tokenize(self, texts: list[str], options: PromptOptions) -> list[list[int]]:
@@ -345,3 +359,4 @@ class AsyncEngine:
         """Ends the threads. Requests in flight are the caller's to end first."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._rpc_thread.shutdown(wait=False, cancel_futures=True)
+        self._grammar_thread.shutdown(wait=False, cancel_futures=True)

@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from octavo.frontend.tokenizer import Tokenizer
+from octavo.tokenizer import Tokenizer
 from octavo.types import StopStringOutput
 
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")

@@ -8,6 +8,7 @@ from octavo.errors import Code, Reason, RequestError
 
 _TEXTS: Final[dict[Reason, str]] = {
     Reason.NON_FINITE_SCORES: "the parameters leave no token that could be chosen",
+    Reason.CONSTRAINT_TOO_COMPLEX: "the structured output takes more work or memory than a request may",
     Reason.NON_FINITE_LOGITS: "the model's output for this request is not finite",
     Reason.QUEUE_FULL: "too many requests are in the server",
     Reason.TOKENS_FULL: "too many prompt tokens are waiting",

@@ -1,7 +1,8 @@
 """From a GenerateRequest to what the engine core takes: validation, tokenization, defaults.
 
-Three steps, so that a server can run the middle one in a thread: `check` needs no tokens and costs well under 5 ms
-whatever the request holds; `tokenize` is pure; `finish` looks at lengths and builds the core's requests.
+Steps, so that a server can run the middle ones in a thread: `check` needs no tokens and costs well under 5 ms whatever
+the request holds; `compile` and `tokenize` are pure but for caches; `finish` looks at lengths and builds the core's
+requests.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from octavo.frontend.lengths import Context, LengthProblems, Lengths, resolve_le
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.param_checks import END_AS_BAD_WORD, end_token_ids
 from octavo.frontend.request_checks import RequestChecker
-from octavo.frontend.tokenizer import TokenizerError
+from octavo.frontend.structured import ConstraintCompiler
 from octavo.frontend.validation import Violations, check_token_ids
 from octavo.ipc import EngineCoreRequest
 from octavo.step import LogprobSpec
+from octavo.tokenizer import TokenizerError
 from octavo.types import (
     CacheOptions,
     EngineInfo,
@@ -113,6 +115,7 @@ class InputProcessor:
         self._limits = limits
         self._cache_secret = cache_secret
         self._checker = RequestChecker(model, limits)
+        self._constraints = ConstraintCompiler(model.tokenizer)
         self._context = Context(model.spec.n_positions, model.max_model_len)
         self._next_key = 1
 
@@ -127,12 +130,13 @@ class InputProcessor:
         streaming: bool = True,
         info: EngineInfo | None = None,
     ) -> ProcessedRequest:
-        """All three steps at once. Times are monotonic seconds.
+        """All steps at once. Times are monotonic seconds.
 
         `streaming` false also estimates the size of the whole answer; `info` lets requests be refused that no empty
         KV-cache could hold. Raises RequestError with every violation that the failing step found.
         """
         checked = self.check(request)
+        self.compile(checked)
         token_ids = self.tokenize_all(checked)
         return self.finish(
             checked,
@@ -168,6 +172,17 @@ class InputProcessor:
         """Ids of `checked.texts`, then of `checked.words`. May run in any thread; raises as `tokenize`."""
         plain = msgspec.structs.replace(checked.prompt_options, add_special_tokens=False)
         return self.tokenize(checked.texts, checked.prompt_options) + self.tokenize(checked.words, plain)
+
+    def is_compiled(self, checked: CheckedRequest) -> bool:
+        """Whether `compile` has nothing to do."""
+        constraint = checked.params.structured_output
+        return constraint is None or self._constraints.knows(constraint)
+
+    def compile(self, checked: CheckedRequest) -> None:
+        """May run in any thread. Raises RequestError when the structured output does not compile: INVALID_FIELD,
+        CONSTRAINT_TOO_COMPLEX."""
+        if checked.params.structured_output is not None:
+            self._constraints.check(checked.params.structured_output)
 
     def finish(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 from octavo.checkpoint import ModelSpec, read_generation_config, read_spec
 from octavo.errors import StartupError
 from octavo.frontend.defaults import checkpoint_params, default_params
-from octavo.frontend.tokenizer import Tokenizer
+from octavo.tokenizer import Tokenizer
 from octavo.types import GenerationParams
 
 

@@ -14,8 +14,8 @@ from octavo.frontend.detokenizer import StopMatch
 from octavo.frontend.failures import failure
 from octavo.frontend.input_processor import ProcessedRequest
 from octavo.frontend.request_state import PromptState, RequestState, SequenceState
-from octavo.frontend.tokenizer import Tokenizer
 from octavo.ipc import EngineCoreOutputs, LogprobColumns, PromptLogprobColumns, PromptStarted
+from octavo.tokenizer import Tokenizer
 from octavo.types import FinishInfo, FinishReason, Logprobs
 
 _log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from octavo.errors import Reason, RequestError
 from octavo.frontend.defaults import DEFAULT_NEW_TOKENS, resolve_params
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.param_checks import ParamChecker, check_bools, check_token_rules
+from octavo.frontend.structured import check_structured_output, check_with_structured_output
 from octavo.frontend.validation import (
     NAME_PATTERN,
     PRIORITY,
@@ -58,6 +59,9 @@ class RequestChecker:
         self._check_prompt_options(violations, request.prompt_options)
         params = resolve_params(request.params, self._model.checkpoint_params)
         _check_exclusions(violations, request.params)
+        if params.structured_output is not None:
+            check_structured_output(violations, params.structured_output, self._limits)
+            check_with_structured_output(violations, params)
         if not wrong:
             self._check_combinations(violations, request.params, params)
         if sound:

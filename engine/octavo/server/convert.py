@@ -28,6 +28,8 @@ _WIRE_MESSAGE: dict[type[msgspec.Struct], type[Message]] = {
     types.Watermark: types_pb2.Watermark,
     types.GreenListWatermark: types_pb2.GreenListWatermark,
     types.SynthIdWatermark: types_pb2.SynthIdWatermark,
+    types.StructuredOutput: types_pb2.StructuredOutput,
+    types.Choice: types_pb2.StructuredOutput.Choice,
     Limits: model_pb2.Limits,
 }
 

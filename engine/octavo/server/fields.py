@@ -49,6 +49,8 @@ STRUCTS: Final[dict[str, type[msgspec.Struct]]] = {
     "octavo.v1.Watermark": types.Watermark,
     "octavo.v1.GreenListWatermark": types.GreenListWatermark,
     "octavo.v1.SynthIdWatermark": types.SynthIdWatermark,
+    "octavo.v1.StructuredOutput": types.StructuredOutput,
+    "octavo.v1.StructuredOutput.Choice": types.Choice,
     "octavo.v1.OutputOptions": types.OutputOptions,
     "octavo.v1.PromptOptions": types.PromptOptions,
     "octavo.v1.CacheOptions": types.CacheOptions,

@@ -47,7 +47,7 @@ def features_of(request: NewRequest) -> Feature:
                 (Feature.BAD_WORDS, any(len(word) > 1 for word in words)),
                 (Feature.BAN, any(len(word) == 1 for word in words)),
                 (Feature.MIN_LENGTH, _has_minimum(request)),
-                (Feature.ALLOWED, params.allowed_token_ids is not None),
+                (Feature.ALLOWED, params.allowed_token_ids is not None or params.structured_output is not None),
                 (Feature.FORCED_BOS, params.forced_bos_token_id is not None),
                 (Feature.FORCED_EOS, params.forced_eos_token_id),
                 (Feature.REMOVE_INVALID, params.remove_invalid_values),

@@ -152,10 +152,9 @@ def _ban_end_before_minimum(scores: Tensor, rows: Int64s, slots: Int32s, states:
 
 
 def _keep_allowed(scores: Tensor, rows: Int64s, slots: Int32s, states: RequestStates) -> None:
-    """PrefixConstrainedLogitsProcessor with one answer for every step: if all allowed tokens are -inf, they are 0."""
+    """PrefixConstrainedLogitsProcessor: if all allowed tokens are -inf, they are 0."""
     for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
-        allowed = states.lists[slot].allowed
-        assert allowed is not None
+        allowed = states.allowed_ids(slot)
         values = scores[row, allowed]
         _force(scores, row, allowed, torch.zeros_like(values) if bool((values == -math.inf).all()) else values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from octavo.config import EngineConfig
 from octavo.errors import Reason
 from octavo.step import Int32s, ModelRunnerOutput, SchedulerOutput
+from octavo.worker.constraints import Constraints
 from octavo.worker.gpt2 import GPT2
 from octavo.worker.input_batch import InputBatchBuilder
 from octavo.worker.model_loader import load_model
@@ -54,7 +56,11 @@ class ModelRunner:
         self._kv_cache = loaded.kv_cache
         self.num_blocks = loaded.num_blocks
         self._states = RequestStates(
-            config.scheduler.max_num_requests, spec.n_positions, config.cache.block_size, spec.vocab_size
+            config.scheduler.max_num_requests,
+            spec.n_positions,
+            config.cache.block_size,
+            spec.vocab_size,
+            Constraints(Path(config.model.path), spec.vocab_size),
         )
         self._noise = Noise(spec.vocab_size, loaded.device)
         self._sampler = Sampler(self._states, self._noise)

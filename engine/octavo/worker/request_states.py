@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from octavo.step import Bools, Int32s, LogprobSpec, NewRequest, SchedulerOutput, UInt8s
 from octavo.types import FinishReason, GenerationParams
+from octavo.worker.constraints import Constraints
 from octavo.worker.features import FILTERS, PROCESSORS, WATERMARK, Feature, features_of
 from octavo.worker.row_lists import RowLists, lists_of
 
@@ -93,7 +94,15 @@ def _window(uses: Feature, top_k: int, vocab_size: int) -> int:
 class RequestStates:
     """Owned by the ModelRunner, which applies each step's diff; the sampler appends the tokens it chose."""
 
-    def __init__(self, num_slots: int, n_positions: int, block_size: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        n_positions: int,
+        block_size: int,
+        vocab_size: int,
+        constraints: Constraints | None = None,
+    ) -> None:
+        """`constraints` follows structured outputs; without it no request may ask for one."""
         rows = num_slots + 1
         self.num_slots = num_slots
         self.vocab_size = vocab_size
@@ -118,6 +127,7 @@ class RequestStates:
         self.lists: dict[int, RowLists] = {}
         self.params: dict[int, GenerationParams] = {}
         """Lists of the slots that use a processor, parameters of those that use a processor or a watermark."""
+        self.constraints = constraints
         self.logprobs: dict[int, LogprobSpec] = {}
         self.prompt_logprobs: dict[int, int] = {}
         """Number of top tokens by slot, for the slots that asked."""
@@ -139,6 +149,8 @@ class RequestStates:
         self.sampling.features[slot] = 0
         for table in (self.lists, self.params, self.logprobs, self.prompt_logprobs):
             table.pop(slot, None)
+        if self.constraints is not None:
+            self.constraints.remove(slot)
 
     def _add(self, request: NewRequest) -> None:
         slot, length = request.slot, len(request.token_ids)
@@ -164,10 +176,25 @@ class RequestStates:
             self.lists[slot] = lists_of(request)
         if uses & (PROCESSORS | WATERMARK):
             self.params[slot] = request.params
+        if request.params.structured_output is not None:
+            assert self.constraints is not None
+            self.constraints.add(slot, request.params.structured_output)
         if request.logprobs is not None:
             self.logprobs[slot] = request.logprobs
         if request.prompt_logprobs is not None:
             self.prompt_logprobs[slot] = request.prompt_logprobs
+
+    def allowed_ids(self, slot: int) -> Int64s:
+        """The tokens that a request restricted by allowed_token_ids or structured_output may choose next.
+
+        Raises ConstraintError."""
+        lists = self.lists[slot]
+        if self.constraints is None or self.params[slot].structured_output is None:
+            assert lists.allowed is not None
+            return lists.allowed
+        output = self.hist[slot, self.prompt_len[slot] : self.length[slot]]
+        allowed = self.constraints.allowed(slot, output.tolist(), lists.eos)
+        return allowed if lists.allowed is None else np.intersect1d(allowed, lists.allowed)
 
     def append(self, slots: Int32s, token_ids: Int32s) -> UInt8s:
         """Appends one token to each of the slots (all different).
@@ -183,6 +210,16 @@ class RequestStates:
         finish[_contains(self.eos_ids[slots], token_ids)] = FinishReason.EOS
         self.finished[slots] = finish
         return finish
+
+    def advance_beams(self, slots: Int32s, parents: Int32s, token_ids: Int32s, *, ended: bool) -> None:
+        """Rows of a beam search: each takes over what its parent (an index into `slots`) has, with one more token."""
+        length = int(self.length[slots[0]])
+        self.hist[slots, :length] = self.hist[slots[parents], :length]
+        self.hist[slots, length] = token_ids
+        self.length[slots] = length + 1
+        self.block_table[slots] = self.block_table[slots[parents]]
+        if ended:
+            self.finished[slots] = FinishReason.LENGTH
 
     def fail(self, slots: Int32s) -> None:
         """Mutes the rows of these slots until they are freed."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octavo.errors import Reason
 from octavo.step import Bools, Int32s, LogprobRows
+from octavo.worker.constraints import ConstraintError
 from octavo.worker.features import FILTERS, PROCESSORS, RANKED, WATERMARK, Feature
 from octavo.worker.logits import process_logits
 from octavo.worker.logprobs import RAW, gather_logprobs, join_logprob_rows
@@ -61,6 +62,8 @@ class Sampler:
             return self._sample(logits, slots)
         except torch.AcceleratorError:
             raise
+        except ConstraintError:
+            pass
         except Exception:
             log.exception("sampling %d rows together failed; each is tried alone", len(slots))
         parts = [self._sample_alone(logits[row : row + 1], slots[row : row + 1]) for row in range(len(slots))]
@@ -81,6 +84,8 @@ class Sampler:
             return self._sample(logits, slots)
         except torch.AcceleratorError:
             raise
+        except ConstraintError:
+            return SamplerOutput(np.full(1, -1, np.int32), failed=[(0, Reason.CONSTRAINT_TOO_COMPLEX)])
         except Exception:
             log.exception("sampling for slot %d failed; its request fails with it", slots[0])
             return SamplerOutput(np.full(1, -1, np.int32), failed=[(0, Reason.INTERNAL)])
