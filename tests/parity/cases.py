@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from octavo.types import FinishReason
+from octavo.types import ExponentialDecay, FinishReason, SequenceBias
 
 TEXT = """I met a traveller from an antique land, Who said "Two vast and trunkless legs of stone
 Stand in the desert. Near them, on the sand, Half sunk a shattered visage lies, whose frown,
@@ -46,7 +46,8 @@ class Case:
     num_sequences: int
     max_new_tokens: int
     params: dict[str, Any]
-    """Processors and warpers; `logit_bias` stands for single-token sequence_bias."""
+    """As GenerationParams takes them. transformers gets `logit_bias` as single-token sequence_bias and
+    `allowed_token_ids` as a prefix_allowed_tokens_fn."""
     eos: tuple[int, ...] = ()
     stop: tuple[int, ...] = ()
 
@@ -57,15 +58,63 @@ class Answer:
 
     token_ids: list[list[int]] = field(default_factory=list)
     finish: list[FinishReason] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    """Of the sequences of a beam search."""
 
 
-def random_cases(path: Path, count: int, seed: int) -> list[Case]:
-    """`count` cases over the checkpoint's own tokenizer; many share a prefix."""
+def random_cases(path: Path, count: int, seed: int, *, every_parameter: bool = False) -> list[Case]:
+    """`count` cases over the checkpoint's own tokenizer; many share a prefix. Half of them use the processors and
+    warpers that are rare in practice, if `every_parameter`."""
     from tokenizers import Tokenizer
 
     text = Tokenizer.from_file(str(path / "tokenizer.json")).encode(TEXT).ids
     rng = random.Random(seed)
-    return [_random_case(rng, text, eos=4095) for _ in range(count)]
+    cases = [_random_case(rng, text, eos=4095) for _ in range(count)]
+    if every_parameter:
+        return [_with_rare_parameters(rng, case, text) if rng.random() < 0.6 else case for case in cases]
+    return cases
+
+
+def _with_rare_parameters(rng: random.Random, case: Case, text: list[int]) -> Case:
+    params, prompt = dict(case.params), case.prompt
+    ends = {*case.eos, *case.stop}
+    others = [token for token in [*text[:300], *COMMON] if token not in ends]
+
+    def some(count: int) -> list[int]:
+        return [rng.choice(others) for _ in range(count)]
+
+    def sometimes(probability: float, name: str, *choices: object) -> None:
+        if rng.random() < probability:
+            params[name] = rng.choice(choices)
+
+    if params["do_sample"]:
+        sometimes(0.3, "top_h", 0.3, 0.7)
+        sometimes(0.3, "epsilon_cutoff", 3e-4, 0.02)
+        sometimes(0.3, "eta_cutoff", 3e-4, 0.02)
+    sometimes(0.3, "encoder_repetition_penalty", 0.8, 1.4)
+    sometimes(0.3, "no_repeat_ngram_size", 1, 2, 3)
+    sometimes(0.2, "encoder_no_repeat_ngram_size", 1, 2, 4)
+    pair = rng.randrange(len(text) - 1)
+    if "logit_bias" not in params:
+        singles = [SequenceBias([token], rng.uniform(-3, 3)) for token in [*some(3), *ends]]
+        longer = [SequenceBias([prompt[-1], rng.choice(COMMON)], 3.0), SequenceBias(text[pair : pair + 2], -8.0)]
+        sometimes(0.4, "sequence_bias", singles, [*longer, *singles], [*singles, *longer, SequenceBias(some(3), 2.0)])
+    sometimes(
+        0.3, "bad_words_ids", [[token] for token in some(6)], [text[pair : pair + 2], [prompt[-1], *some(1)], some(1)]
+    )
+    sometimes(0.3, "suppress_tokens", some(8), [])
+    sometimes(0.2, "begin_suppress_tokens", [*some(8), text[pair]])
+    if params.get("no_repeat_ngram_size") != 1:  # which in time bans all of a short list: a row of equal scores
+        sometimes(0.15, "allowed_token_ids", sorted({*text[:400], *COMMON, *ends}))
+    sometimes(0.7 if len(prompt) == 1 else 0.1, "forced_bos_token_id", rng.choice(others))
+    if params.get("forced_bos_token_id") in params.get("suppress_tokens", []):
+        del params["suppress_tokens"]
+    sometimes(0.3, "forced_eos_token_id", [4095], list(case.eos or (4095,)))
+    sometimes(0.15, "remove_invalid_values", True)
+    if ends and "remove_invalid_values" not in params:  # a ban made finite would grow beyond all others
+        sometimes(0.3, "exponential_decay_length_penalty", ExponentialDecay(0, 1.3), ExponentialDecay(4, 1.1))
+    sometimes(0.2, "renormalize_logits", True)
+    return replace(case, params=params)
 
 
 def _random_case(rng: random.Random, text: list[int], eos: int) -> Case:
@@ -115,13 +164,25 @@ def transformers_answers(path: Path, cases: list[Case]) -> list[Answer]:
         return [transformers_answer(model, case) for case in cases]
 
 
+def transformers_names(params: dict[str, Any]) -> dict[str, Any]:
+    """The same parameters as generate() takes them."""
+    kwargs = dict(params)
+    biases = {tuple(entry.token_ids): entry.bias for entry in kwargs.pop("sequence_bias", [])}
+    biases |= {(token,): bias for token, bias in kwargs.pop("logit_bias", {}).items()}
+    if biases:
+        kwargs["sequence_bias"] = biases
+    if (decay := kwargs.get("exponential_decay_length_penalty")) is not None:
+        kwargs["exponential_decay_length_penalty"] = (decay.start_index, decay.factor)
+    if (allowed := kwargs.pop("allowed_token_ids", None)) is not None:
+        kwargs["prefix_allowed_tokens_fn"] = lambda batch, history: allowed
+    if not kwargs.get("do_sample"):
+        kwargs.pop("top_k", None)
+    return kwargs
+
+
 @torch.inference_mode()
 def transformers_answer(model: Any, case: Case) -> Answer:
-    kwargs = dict(case.params)
-    if "logit_bias" in kwargs:
-        kwargs["sequence_bias"] = {(token,): bias for token, bias in kwargs.pop("logit_bias").items()}
-    if not kwargs["do_sample"]:
-        del kwargs["top_k"]
+    kwargs = transformers_names(case.params)
     ends = list(case.eos + case.stop)
     prompt = torch.tensor([case.prompt])
     torch.manual_seed(case.seed)

@@ -59,6 +59,12 @@ def engine_answers(
 
 def _collect(message: EngineCoreOutputs, answers: list[Answer]) -> None:
     assert not message.failed, message.failed
+    for found in message.beams:
+        answer, sequence = answers[found.key // STRIDE], found.key % STRIDE
+        assert answer.finish[sequence] is FinishReason.NONE, "a sequence ends twice"
+        answer.token_ids[sequence] = np.frombuffer(found.token_ids, np.int32).tolist()
+        answer.finish[sequence] = found.finish
+        answer.scores.append(found.score)
     keys = np.frombuffer(message.keys, np.int64).tolist()
     tokens = np.frombuffer(message.token_ids, np.int32).tolist()
     finish = np.frombuffer(message.finish, np.uint8).tolist()

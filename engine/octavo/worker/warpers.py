@@ -12,6 +12,7 @@ already and adds zeros.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ from octavo.worker.features import Feature
 from octavo.worker.logits import divide
 from octavo.worker.request_states import TOP_H_CANDIDATES, SamplingParamArrays
 
+Bound = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From scores [F, K] and a parameter [F, 1] to (lo, hi) [F, 1]: what survives."""
 VECTOR_WIDTH = 64
 """A multiple of the lanes of any CPU's softmax. A window keeps its columns' places modulo this, so that its sums are
 those of the whole sorted row, bit for bit."""
@@ -68,12 +71,13 @@ def spills(scores: Tensor, window: int, top_k: Int32s) -> npt.NDArray[np.bool_]:
 
 
 def filter_scores(
-    scores: Tensor, slots: Int32s, features: npt.NDArray[np.uint32], params: SamplingParamArrays
+    scores: Tensor, slots: Int32s, features: npt.NDArray[np.uint32], params: SamplingParamArrays, min_keep: int = 1
 ) -> Tensor:
     """Runs all filters in order: [F, K] with the dropped tokens at -inf.
 
     Args:
         scores: [F, K] scaled; ascending in each row when a row uses top_k or top_p.
+        min_keep: tokens that every filter but top_h leaves, if there are as many.
     """
     for feature, bound, values in (
         (Feature.TOP_H, _top_h, params.top_h),
@@ -88,7 +92,10 @@ def filter_scores(
         if len(rows) == 0:
             continue
         parameter = torch.from_numpy(values[slots[rows]][:, None]).to(scores.device)
-        if len(rows) == scores.shape[0]:
+        if min_keep > 1:
+            assert len(rows) == scores.shape[0], "the rows of one beam search have the same filters"
+            scores = keep_interval(scores, *_wide_enough(feature, bound, scores, parameter, min_keep))
+        elif len(rows) == scores.shape[0]:
             scores = keep_interval(scores, *bound(scores, parameter))
         else:
             index = torch.from_numpy(rows).to(scores.device)
@@ -98,20 +105,32 @@ def filter_scores(
 
 
 def ranked_interval(
-    scores: Tensor, slots: Int32s, features: npt.NDArray[np.uint32], params: SamplingParamArrays
+    scores: Tensor, slots: Int32s, features: npt.NDArray[np.uint32], params: SamplingParamArrays, min_keep: int = 1
 ) -> tuple[Tensor, Tensor]:
     """(lo, hi), each [F, 1], of what all filters leave of whole rows [F, V] of scaled scores in any order."""
     if scores.is_cpu:  # an order of magnitude faster than torch.sort, which carries indices
         ascending = torch.from_numpy(np.sort(scores.numpy(), axis=1))
     else:
         ascending = scores.sort(-1).values
-    kept = filter_scores(ascending, slots, features, params)
+    kept = filter_scores(ascending, slots, features, params, min_keep)
     return torch.where(kept > -math.inf, kept, math.inf).amin(-1, keepdim=True), kept.amax(-1, keepdim=True)
 
 
 def keep_interval(scores: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """[F, K] with what lies outside [lo, hi] (each [F, 1]) at -inf."""
     return scores.masked_fill((scores < lo) | (scores > hi), -math.inf)
+
+
+def _wide_enough(
+    feature: Feature, bound: Bound, scores: Tensor, parameter: Tensor, min_keep: int
+) -> tuple[Tensor, Tensor]:
+    """The bounds of a filter that leaves at least `min_keep` tokens (transformers' min_tokens_to_keep)."""
+    if feature == Feature.TYPICAL_P:
+        return _typical_p(scores, parameter, min_keep)
+    lo, hi = bound(scores, parameter)
+    if feature == Feature.TOP_H:
+        return lo, hi
+    return torch.minimum(lo, torch.topk(scores, min(min_keep, scores.shape[1])).values[:, -1:]), hi
 
 
 def _infinite(like: Tensor) -> Tensor:
@@ -153,7 +172,7 @@ def _min_p(scores: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
     return lo, _infinite(lo)
 
 
-def _typical_p(scores: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+def _typical_p(scores: Tensor, mass: Tensor, min_keep: int = 1) -> tuple[Tensor, Tensor]:
     """TypicalLogitsWarper: the tokens whose surprise is closest to the entropy, until they have `mass`."""
     log_probs = scores.log_softmax(-1)
     # The sum is in double, since the order of a float32 sum depends on the batch's shape.
@@ -161,7 +180,7 @@ def _typical_p(scores: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     distance = (-log_probs - entropy).abs()
     nearest = distance.sort(-1)
     cumulative = scores.gather(1, nearest.indices).softmax(-1).cumsum(-1)
-    last = (cumulative < mass).sum(-1, keepdim=True).clamp_(max=scores.shape[1] - 1)
+    last = (cumulative < mass).sum(-1, keepdim=True).clamp_(min=min_keep - 1).clamp_(max=scores.shape[1] - 1)
     inside = distance <= nearest.values.gather(1, last)
     lo = torch.where(inside, scores, math.inf).amin(-1, keepdim=True)
     hi = torch.where(inside, scores, -math.inf).amax(-1, keepdim=True)

@@ -1,0 +1,105 @@
+"""Beam searches in a crowded engine find the sequences and scores of transformers alone: fp32, a tiny random model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from parity.beams import EOS, beam_cases, differences, engine_params, save_tiny_model, transformers_beams
+from parity.cases import Answer, Case, transformers_answers
+from parity.engine import engine_answers
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the same requests."""
+
+    name: str
+    block_size: int = 16
+    num_blocks: int = 400
+    chunk: int = 0
+    prefix_caching: bool = True
+    pipeline_depth: int = 0
+    max_num_requests: int = 48
+
+
+SETTINGS = [
+    Setting("room for all"),
+    Setting("preemption, chunks of 7, steps in flight", num_blocks=30, chunk=7, pipeline_depth=1),
+    Setting("preemption without prefix cache", num_blocks=30, prefix_caching=False, max_num_requests=20),
+    Setting("preemption, blocks of 32, chunks of 1", block_size=32, num_blocks=18, chunk=1),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return beam_cases(seed=1)
+
+
+@pytest.fixture(scope="module")
+def expected(path: Path, cases: list[Case]) -> list[Answer]:
+    return transformers_beams(path, cases)
+
+
+@pytest.fixture(scope="module")
+def ordinary() -> list[Case]:
+    """Requests of other kinds that run beside the searches."""
+    prompts = [[(11 * i + j) % EOS for j in range(3 + 4 * i)] for i in range(12)]
+    kinds = [(1, {"do_sample": False, "top_k": 50}), (3, {"do_sample": True, "top_k": 20, "temperature": 1.2})]
+    return [
+        Case(prompt, 77 + i, kinds[i % 2][0], 12, kinds[i % 2][1], eos=(EOS,) if i % 3 else ())
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def ordinary_expected(path: Path, ordinary: list[Case]) -> list[Answer]:
+    return transformers_answers(path, ordinary)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_searches_among_other_requests_find_what_transformers_finds_alone(
+    setting: Setting, path, cases, expected, ordinary, ordinary_expected
+):
+    config = EngineConfig(
+        model=ModelConfig(path=str(path), name="tiny", device="cpu", dtype="float32"),
+        cache=CacheConfig(
+            block_size=setting.block_size,
+            num_blocks=setting.num_blocks,
+            enable_prefix_caching=setting.prefix_caching,
+        ),
+        scheduler=SchedulerConfig(
+            max_num_requests=setting.max_num_requests,
+            max_chunk_tokens=setting.chunk,
+            pipeline_depth=setting.pipeline_depth,
+            max_queue_time=3600.0,
+        ),
+    )
+    searches = [dataclasses.replace(case, params=engine_params(case.params)) for case in cases]
+    answers, load = engine_answers(config, searches + ordinary, order_seed=setting.num_blocks)
+    wrong = [
+        f"{case}: {problem}"
+        for case, found, right in zip(cases, answers, expected, strict=False)
+        for problem in differences(case, found, right)
+    ]
+    assert wrong == [], f"{len(wrong)} differences, first: {wrong[0]}"
+    assert answers[len(cases) :] == ordinary_expected
+    assert (load.preemptions > 0) == (setting.num_blocks < 400)
+
+
+def test_the_cases_are_not_vacuous(cases, expected):
+    sequences = [ids for answer in expected for ids in answer.token_ids]
+    assert sum(EOS in ids for ids in sequences) > len(sequences) / 4
+    early = [c for c, a in zip(cases, expected, strict=True) if len(a.token_ids[0]) < c.max_new_tokens]
+    assert len(early) > len(cases) / 4
+    assert {case.params["num_beams"] for case in cases} == set(range(2, 9))
