@@ -12,6 +12,7 @@ from torch import Tensor
 from octavo.config import EngineConfig
 from octavo.errors import Reason
 from octavo.step import Int32s, ModelRunnerOutput, SchedulerOutput
+from octavo.worker.beams import Beams, is_beam_search
 from octavo.worker.constraints import Constraints
 from octavo.worker.gpt2 import GPT2
 from octavo.worker.input_batch import InputBatchBuilder
@@ -62,6 +63,7 @@ class ModelRunner:
             spec.vocab_size,
             Constraints(Path(config.model.path), spec.vocab_size),
         )
+        self._beams = Beams(self._states, Path(config.model.path))
         self._noise = Noise(spec.vocab_size, loaded.device)
         self._sampler = Sampler(self._states, self._noise)
         self._batches = InputBatchBuilder(self._states, loaded.device)
@@ -75,10 +77,13 @@ class ModelRunner:
         self._states.apply(step)
         for group_id in step.released_groups:
             self._noise.close(group_id)
+            self._beams.close(group_id)
         for group_id, row in step.ended_rows:
             self._noise.row_ended(group_id, row)
         for request in step.new_requests:
-            if request.params.do_sample:
+            if is_beam_search(request.params):
+                self._beams.open(request)
+            elif request.params.do_sample:
                 self._noise.open(request.group_id, request.seed, request.num_rows)
         return PendingStep(lambda: self._compute(step))
 
@@ -113,10 +118,24 @@ class ModelRunner:
             alive = states.finished[slots[rows]] == 0
             rows, indices = rows[alive], indices[torch.from_numpy(alive).to(indices.device)]
         if len(rows):
-            self._choose(self._model.logits(hidden[indices]), slots, rows, output)
+            logits = self._model.logits(hidden[indices])
+            if self._beams:
+                logits, rows = self._advance_beams(logits, step, rows, output)
+            if len(rows):
+                self._choose(logits, slots, rows, output)
         if any(reason is Reason.INTERNAL for _, reason in output.failed):
             self.check_device()  # if it is broken, no row is to blame
         return output
+
+    def _advance_beams(
+        self, logits: Tensor, step: SchedulerOutput, rows: Int64s, output: ModelRunnerOutput
+    ) -> tuple[Tensor, Int64s]:
+        """Takes the step of every beam search; the logits and rows of the others."""
+        of_searches = self._beams.of_searches(step.slots[rows])
+        mask = torch.from_numpy(of_searches).to(logits.device)
+        own = rows[of_searches]
+        self._beams.choose(logits[mask], step.slots[own], own, step.expired_groups, output)
+        return logits[~mask], rows[~of_searches]
 
     def _choose(self, logits: Tensor, slots: Int32s, rows: Int64s, output: ModelRunnerOutput) -> None:
         """Samples the rows [S] of a step and appends the tokens to their requests."""
