@@ -109,7 +109,8 @@ def _with_rare_parameters(rng: random.Random, case: Case, text: list[int]) -> Ca
     sometimes(0.7 if len(prompt) == 1 else 0.1, "forced_bos_token_id", rng.choice(others))
     if params.get("forced_bos_token_id") in params.get("suppress_tokens", []):
         del params["suppress_tokens"]
-    sometimes(0.3, "forced_eos_token_id", [4095], list(case.eos or (4095,)))
+    cuts_ties = params.keys() & {"top_h", "top_p", "typical_p"}  # transformers, not octavo: of tokens equal by force
+    sometimes(0.3, "forced_eos_token_id", [4095] if cuts_ties else list(case.eos or (4095,)))
     sometimes(0.15, "remove_invalid_values", True)
     if ends and "remove_invalid_values" not in params:  # a ban made finite would grow beyond all others
         sometimes(0.3, "exponential_decay_length_penalty", ExponentialDecay(0, 1.3), ExponentialDecay(4, 1.1))

@@ -53,7 +53,7 @@ def path() -> Path:
 
 @pytest.fixture(scope="module")
 def cases(path: Path) -> list[Case]:
-    return random_cases(path, NUM_CASES, seed=0)
+    return random_cases(path, NUM_CASES, seed=0, every_parameter=True)
 
 
 @pytest.fixture(scope="module")
@@ -93,5 +93,8 @@ def test_the_cases_are_not_vacuous(cases, expected):
         "STOP_TOKEN": True,
         "LENGTH": True,
     }
+    used = [name for case in cases for name, value in case.params.items() if value]
+    assert {name: used.count(name) >= 8 for name in set(used)} == dict.fromkeys(set(used), True)
+    assert len(set(used)) == 26, sorted(set(used))
     sampled = [answer for case, answer in zip(cases, expected, strict=True) if case.num_sequences > 1]
     assert sum(answer.token_ids[0] != answer.token_ids[1] for answer in sampled) > len(sampled) // 2
