@@ -1,0 +1,270 @@
+"""What the attention kernels share: where a row's keys lie in the cache, how they are read, one step of the softmax.
+
+Keys and values are [half][block][head][slot][D]: a (block, head) is contiguous. Scores are kept in base 2, in fp32.
+Everything that a row's block table or length says is taken with care: a block id outside [0, N) counts as block 0, the
+null block, whose contents are no request's; positions end with the table; slots past a row's end are never read, as a
+recycled block may hold NaN there, and 0 * NaN is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo_kernels.checks import (
+    FLOATS,
+    require_contiguous,
+    require_dense_rows,
+    require_device,
+    require_floats,
+    require_like,
+)
+from octavo_kernels.fp8 import encode_e4m3
+from octavo_kernels.kv_write import BLOCK_SIZES, FP8
+
+LOG2_E: Final = math.log2(math.e)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # before the first score: finite, so that no difference is NaN
+_E4M3_UNIT = tl.constexpr(2.0**120)  # e4m3's bits, shifted to fp32's exponent and mantissa, are numbers times 2**-120
+
+
+@triton.jit
+def decode_e4m3(bits, HARDWARE: tl.constexpr):
+    """uint8 bits of e4m3 numbers, any shape -> fp32. sm_80 and the interpreter have no conversion."""
+    if HARDWARE:
+        return bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    code = bits.to(tl.int32)
+    magnitude = code & 0x7F
+    magnitude = tl.where(magnitude == 0x7F, 0x7FC00000, magnitude << 20)
+    return (((code & 0x80) << 24) | magnitude).to(tl.float32, bitcast=True) * _E4M3_UNIT
+
+
+@triton.jit
+def read(ptr, mask, dtype: tl.constexpr, FP8_FORM: tl.constexpr):
+    """Cache numbers as `dtype`, without their scale; 0 where masked."""
+    if mask is None:
+        x = tl.load(ptr)
+    else:
+        x = tl.load(ptr, mask=mask, other=0)
+    if FP8_FORM == "none":
+        return x.to(dtype)
+    elif FP8_FORM == "hardware" and dtype != tl.float32:
+        return x.to(tl.float8e4nv, bitcast=True).to(dtype)
+    else:
+        return decode_e4m3(x, FP8_FORM == "hardware").to(dtype)
+
+
+@triton.jit
+def block_offset(table_ptr, index, num_blocks, max_blocks, stride_block):
+    """int64 offset of the block that the table has at an index."""
+    block = tl.load(table_ptr + index, mask=index < max_blocks, other=0)
+    known = (block >= 0) & (block < num_blocks)
+    return tl.where(known, block, 0).to(tl.int64) * stride_block
+
+
+@triton.jit
+def tile_offsets(
+    table_ptr,
+    start,  # a multiple of TILE_N
+    within,  # which of the tile's keys, 0 .. TILE_N - 1: any shape
+    num_blocks,
+    max_blocks,
+    stride_block,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """Offsets of a tile's keys: a scalar for the tile, and one for each key.
+
+    A tile that spans blocks takes each of its blocks from the table by a scalar load and selects: no gather.
+    """
+    first = start // BLOCK
+    if TILE_N <= BLOCK:
+        base = block_offset(table_ptr, first, num_blocks, max_blocks, stride_block) + start % BLOCK * D
+        rows = within * D
+    else:
+        base = tl.full([], 0, tl.int64)
+        rows = block_offset(table_ptr, first, num_blocks, max_blocks, stride_block) + within % BLOCK * D
+        for i in tl.static_range(1, TILE_N // BLOCK):
+            other = block_offset(table_ptr, first + i, num_blocks, max_blocks, stride_block)
+            rows = tl.where(within // BLOCK == i, other + within % BLOCK * D, rows)
+    return base, rows
+
+
+@triton.jit
+def product(a, b, acc, FORM: tl.constexpr):
+    """acc + a @ b in fp32. `FORM` is "dot" on a GPU; see `product_form` for the others."""
+    if FORM == "dot":
+        return tl.dot(a, b, acc, input_precision="ieee")
+    elif FORM == "widened dot":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        tl.static_assert(FORM == "sum")
+        return acc + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+
+
+@triton.jit
+def attend_tile(
+    q,  # [M, TILE_D]
+    peak,  # fp32 [M] greatest score so far
+    total,  # fp32 [M] sum of 2 ** (score - peak)
+    acc,  # fp32 [M, TILE_D] the same sum of values
+    start,
+    end,  # of the row's keys
+    last,  # [M] position of the last key that a query sees
+    cache_ptr,  # of the head
+    stride_half,
+    stride_block,
+    table_ptr,  # of the row
+    num_blocks,
+    max_blocks,
+    scale,  # base-2 scores are product * scale
+    VALUE: tl.constexpr,  # type in which weights and values are multiplied
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_N: tl.constexpr,
+    FP8_FORM: tl.constexpr,
+    FORM: tl.constexpr,
+    MASKED: tl.constexpr,  # whether some query does not see all of the tile's keys
+):
+    """Takes TILE_N keys from position `start` on into the softmax of M queries. Returns peak, total, acc."""
+    within = tl.arange(0, TILE_N)
+    dims = tl.arange(0, TILE_D)
+    position = start + within
+    base, rows = tile_offsets(table_ptr, start, within, num_blocks, max_blocks, stride_block, D, BLOCK, TILE_N)
+    cache_ptr += base
+    live_k = (dims < D)[:, None] if TILE_D != D else None
+    live_v = (dims < D)[None, :] if TILE_D != D else None
+    if MASKED:
+        live = position < end
+        live_k = live[None, :] & live_k if TILE_D != D else live[None, :]
+        live_v = live[:, None] & live_v if TILE_D != D else live[:, None]
+    k = read(cache_ptr + (rows[None, :] + dims[:, None]), live_k, q.dtype, FP8_FORM)
+    v = read(cache_ptr + stride_half + (rows[:, None] + dims[None, :]), live_v, VALUE, FP8_FORM)
+    scores = product(q, k, tl.zeros([q.shape[0], TILE_N], tl.float32), FORM) * scale
+    if MASKED:
+        scores = tl.where((position[None, :] <= last[:, None]) & live[None, :], scores, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    p = tl.exp2(scores - new_peak[:, None])
+    decay = tl.exp2(peak - new_peak)
+    total = total * decay + tl.sum(p, 1)
+    acc = product(p.to(VALUE), v, acc * decay[:, None], FORM)
+    return new_peak, total, acc
+
+
+@triton.jit
+def write_token(
+    qkv_ptr,  # at the token's query of the head
+    cache_ptr,  # at the head
+    table_ptr,  # of the row
+    position,
+    stride_half,
+    stride_block,
+    num_blocks,
+    k_scale,
+    v_scale,
+    WIDTH: tl.constexpr,  # E
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP8_FORM: tl.constexpr,
+):
+    """Writes a token's key and value of one head to the cache, unless its block is outside. Returns them as written."""
+    dims = tl.arange(0, TILE_D)
+    live = dims < D
+    key = tl.load(qkv_ptr + WIDTH + dims, mask=live, other=0.0)
+    value = tl.load(qkv_ptr + 2 * WIDTH + dims, mask=live, other=0.0)
+    if FP8_FORM == "none":
+        key = key.to(cache_ptr.dtype.element_ty)
+        value = value.to(cache_ptr.dtype.element_ty)
+    else:
+        key = encode_e4m3(key.to(tl.float32) / k_scale)
+        value = encode_e4m3(value.to(tl.float32) / v_scale)
+    block = tl.load(table_ptr + position // BLOCK)
+    known = (block >= 0) & (block < num_blocks)
+    cache_ptr += block.to(tl.int64) * stride_block + position % BLOCK * D
+    tl.store(cache_ptr + dims, key, mask=live & known)
+    tl.store(cache_ptr + stride_half + dims, value, mask=live & known)
+    return key, value
+
+
+def product_form(qkv: Tensor, fixed_order: bool) -> str:
+    """How tiles are multiplied. In the interpreter tl.dot is NumPy's product, which takes bf16 for integers, and whose
+    sums may depend on a row's place among the others: bf16 is widened there, and a fixed order needs plain sums."""
+    if qkv.device.type != "cpu":
+        return "dot"
+    if fixed_order:
+        return "sum"
+    return "widened dot" if qkv.dtype == torch.bfloat16 else "dot"
+
+
+def fp8_form(layer_cache: Tensor) -> str:
+    """How a cache is decoded: "none" unless it is fp8, else by "hardware" (from sm_89 on) or by "integers"."""
+    if layer_cache.dtype != FP8:
+        return "none"
+    return "hardware" if _converts_e4m3(layer_cache.device) else "integers"
+
+
+@lru_cache(maxsize=16)
+def _converts_e4m3(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def as_numbers(layer_cache: Tensor) -> Tensor:
+    """What kernels get: fp8 as bytes."""
+    return layer_cache.view(torch.uint8) if layer_cache.dtype == FP8 else layer_cache
+
+
+def check_attention(
+    qkv: Tensor,
+    layer_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    scale: float,
+    k_scale: float,
+    v_scale: float,
+) -> None:
+    """What all the wrappers ask of their arguments. Raises ValueError naming the argument."""
+    require_floats("qkv", qkv)
+    require_floats("layer_cache", layer_cache, (*FLOATS, FP8))
+    if layer_cache.dim() != 5 or layer_cache.shape[0] != 2 or layer_cache.shape[1] == 0:
+        raise ValueError(f"layer_cache: shape {tuple(layer_cache.shape)} is not [2, blocks, heads, slots, size]")
+    _, _, num_heads, block_size, head_size = layer_cache.shape
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"layer_cache: block size {block_size} is not one of {BLOCK_SIZES}")
+    if layer_cache.stride()[2:] != (block_size * head_size, head_size, 1):
+        raise ValueError(f"layer_cache: strides {layer_cache.stride()}: heads, slots and numbers are not contiguous")
+    require_device("layer_cache", layer_cache, qkv)
+    if qkv.dim() != 2 or qkv.shape[1] != 3 * num_heads * head_size:
+        raise ValueError(f"qkv: shape {tuple(qkv.shape)} is not [tokens, 3 * {num_heads} * {head_size}]")
+    require_dense_rows("qkv", qkv)
+    require_like("out", out, (qkv.shape[0], num_heads * head_size), qkv)
+    require_ints("seq_lens", seq_lens, (seq_lens.shape[0] if seq_lens.dim() else 0,), qkv)
+    if block_tables.dim() != 2 or block_tables.shape[0] != seq_lens.shape[0] or block_tables.shape[1] == 0:
+        raise ValueError(f"block_tables: shape {tuple(block_tables.shape)} is not [{seq_lens.shape[0]}, blocks]")
+    require_floats("block_tables", block_tables, (torch.int32,))
+    require_device("block_tables", block_tables, qkv)
+    require_dense_rows("block_tables", block_tables)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: {scale} is not finite")
+    for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if not 0 < factor < math.inf:
+            raise ValueError(f"{name}: {factor} is not positive and finite")
+        if factor != 1 and layer_cache.dtype != FP8:
+            raise ValueError(f"{name}: {factor} for a cache of {layer_cache.dtype}; only fp8 is scaled")
+
+
+def require_ints(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raises ValueError naming the tensor unless it is int32, contiguous, of this shape and on `like`'s device."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not {shape}")
+    require_floats(name, tensor, (torch.int32,))
+    require_device(name, tensor, like)
+    require_contiguous(name, tensor)

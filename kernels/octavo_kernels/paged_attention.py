@@ -1,0 +1,266 @@
+"""Decode attention over the paged cache: one new token per row, split over the context; writes its key and value.
+
+Splits are 256 tokens long, counted from position 0, and merged in index order by the last of them to arrive, so the
+order of a row's sums depends on its length alone. The other forms, `prefill_attention` and `verify_attention`, are in
+the files of their names; their public names are here too.
+
+Log
+LOG
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo_kernels.attention_tiles import (
+    LOG2_E,
+    LOWEST,
+    as_numbers,
+    check_attention,
+    decode_e4m3,
+    fp8_form,
+    read,
+    tile_offsets,
+    write_token,
+)
+from octavo_kernels.attention_workspace import SPLIT, AttentionWorkspace
+from octavo_kernels.checks import row_stride
+from octavo_kernels.prefill_attention import PREFILL_TILE, prefill_attention, prefill_tiles
+from octavo_kernels.verify_attention import VERIFY_TILE, decode_dot, verify_attention, verify_tiles
+
+__all__ = [
+    "PREFILL_TILE",
+    "SPLIT",
+    "VERIFY_TILE",
+    "AttentionWorkspace",
+    "decode_attention",
+    "prefill_attention",
+    "prefill_tiles",
+    "verify_attention",
+    "verify_tiles",
+]
+
+_TILE_BYTES: Final = 4096
+"""Of keys, and as many of values, that a warp reads at once: 8 loads of 16 bytes per lane for each."""
+_MERGED: Final = 4
+"""Splits that are merged at once."""
+FORMS: Final = ("fma", "dot")
+
+
+@triton.jit(do_not_specialize=["num_blocks", "max_blocks", "max_splits"])
+def decode_kernel(
+    qkv_ptr,  # [R, 3 * E] rows
+    cache_ptr,  # [2, N, H, S, D], the last three dimensions contiguous
+    table_ptr,  # int32 [R, B] rows
+    lens_ptr,  # int32 [R]
+    out_ptr,  # [R, E] rows
+    partial_ptr,  # fp32 [R, H, splits, QUERIES, D], the first of QUERIES is used
+    lse_ptr,  # fp32 [R, H, splits, QUERIES]
+    ticket_ptr,  # int32 [R, H]
+    stride_qkv,
+    stride_half,
+    stride_block,
+    stride_table,
+    stride_out,
+    num_blocks,
+    max_blocks,  # B
+    max_splits,
+    scale,  # base-2 scores are query * key * scale: the cache's scale is in it
+    k_scale,
+    v_scale,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,  # power of 2, at least D
+    BLOCK: tl.constexpr,  # S
+    GROUPS: tl.constexpr,  # keys that lie side by side in a warp
+    REPEATS: tl.constexpr,  # keys of a tile that a lane holds
+    SPLIT_LEN: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,  # power of 2, at least max_splits
+    MERGED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    FP8_FORM: tl.constexpr,
+):
+    """Grid (H, R, splits): the programs of a row's heads run together, as its blocks lie."""
+    TILE_N: tl.constexpr = GROUPS * REPEATS
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    length = tl.minimum(tl.load(lens_ptr + row), max_blocks * BLOCK)
+    begin = split * SPLIT_LEN
+    dims = tl.arange(0, TILE_D)
+    live_d = dims < D
+    out_ptr += row * stride_out + head * D
+    if begin >= length:
+        if (split == 0) & (length <= 0):
+            tl.store(out_ptr + dims, tl.zeros([TILE_D], out_ptr.dtype.element_ty), mask=live_d)
+        return
+    last = length - 1
+    qkv_ptr += row * stride_qkv + head * D
+    table_ptr += row * stride_table
+    cache_ptr += head * (BLOCK * D)
+    q = tl.load(qkv_ptr + dims, mask=live_d, other=0.0).to(tl.float32) * scale
+
+    # Each of GROUPS lanes-groups has a softmax of its own, so that a tile's sums cross no lanes.
+    group = tl.arange(0, GROUPS)
+    within = tl.arange(0, REPEATS)[:, None] * GROUPS + group[None, :]  # [REPEATS, GROUPS]
+    peak = tl.full([GROUPS], LOWEST, tl.float32)
+    total = tl.zeros([GROUPS], tl.float32)
+    acc = tl.zeros([GROUPS, TILE_D], tl.float32)
+    end = tl.minimum(begin + SPLIT_LEN, last)  # the new token is not in the cache yet
+    for start in tl.range(begin, end, TILE_N):
+        live = start + within < end
+        base, rows = tile_offsets(table_ptr, start, within, num_blocks, max_blocks, stride_block, D, BLOCK, TILE_N)
+        mask = live[:, :, None]
+        if TILE_D != D:
+            mask = mask & live_d[None, None, :]
+        where = rows[:, :, None] + dims[None, None, :]
+        k = read(cache_ptr + base + where, mask, tl.float32, FP8_FORM)
+        v = read(cache_ptr + base + stride_half + where, mask, tl.float32, FP8_FORM)
+        scores = tl.where(live, tl.sum(k * q[None, None, :], 2), -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 0))
+        p = tl.exp2(scores - new_peak[None, :])
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + tl.sum(p, 0)
+        acc = acc * decay[:, None] + tl.sum(p[:, :, None] * v, 0)
+        peak = new_peak
+    if begin + SPLIT_LEN > last:
+        # This program has the row's last position: the new key and value go to the cache, and in here as read from it.
+        key, value = write_token(
+            qkv_ptr, cache_ptr, table_ptr, last, stride_half, stride_block, num_blocks, k_scale, v_scale, HEADS * D,
+            D, TILE_D, BLOCK, FP8_FORM,
+        )  # fmt: skip
+        if FP8_FORM != "none":
+            key = decode_e4m3(key, FP8_FORM == "hardware")
+            value = decode_e4m3(value, FP8_FORM == "hardware")
+        key, value = key.to(tl.float32), value.to(tl.float32)
+        first = group == 0
+        score = tl.where(first, tl.sum(key * q, 0), -float("inf"))
+        new_peak = tl.maximum(peak, score)
+        p = tl.exp2(score - new_peak)
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + p
+        acc = acc * decay[:, None] + p[:, None] * value[None, :]
+        peak = new_peak
+    top = tl.max(peak, 0)
+    weights = tl.exp2(peak - top)
+    total_all = tl.sum(total * weights, 0)
+    result = tl.sum(acc * weights[:, None], 0) * (v_scale / total_all)
+
+    active = tl.cdiv(length, SPLIT_LEN)
+    if active == 1:
+        tl.store(out_ptr + dims, result.to(out_ptr.dtype.element_ty), mask=live_d)
+    else:
+        place = (row * HEADS + head) * max_splits
+        partial_ptr += place * (QUERIES * D)
+        lse_ptr += place * QUERIES
+        ticket_ptr += row * HEADS + head
+        tl.store(partial_ptr + split * (QUERIES * D) + dims, result, mask=live_d)
+        tl.store(lse_ptr + split * QUERIES, top + tl.log2(total_all))
+        tl.debug_barrier()  # all lanes' stores come before the ticket
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == active - 1:
+            tl.store(ticket_ptr, 0)  # graphs replay without the host
+            index = tl.arange(0, MAX_SPLITS)
+            lse = tl.load(lse_ptr + index * QUERIES, mask=index < active, other=-float("inf"), cache_modifier=".cg")
+            top = tl.max(lse, 0)
+            total_all = tl.sum(tl.exp2(lse - top), 0)
+            merged = tl.zeros([TILE_D], tl.float32)
+            for first_split in tl.range(0, active, MERGED):
+                index = first_split + tl.arange(0, MERGED)
+                lse = tl.load(lse_ptr + index * QUERIES, mask=index < active, other=-float("inf"), cache_modifier=".cg")
+                mask = (index < active)[:, None] & live_d[None, :]
+                where = index[:, None] * (QUERIES * D) + dims[None, :]
+                part = tl.load(partial_ptr + where, mask=mask, other=0.0, cache_modifier=".cg")
+                merged += tl.sum(part * tl.exp2(lse - top)[:, None], 0)
+            tl.store(out_ptr + dims, (merged / total_all).to(out_ptr.dtype.element_ty), mask=live_d)
+
+
+def decode_attention(
+    qkv: Tensor,
+    layer_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    workspace: AttentionWorkspace,
+    *,
+    scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    upcast: bool = False,
+    form: str = "fma",
+) -> Tensor:
+    """Attention of R rows of one token each over their context; their keys and values are written to the cache.
+
+    qkv: bf16, fp16 or fp32 [R, 3 * E], rows contiguous: queries, keys, values. layer_cache: [2, N, H, S, D] of a float
+    type or fp8 e4m3; [H, S, D] contiguous, any strides before; S is 16, 32 or 64. block_tables: int32 [R, B], rows
+    contiguous; an id outside [0, N) is read as block 0 and never written. seq_lens: int32 [R] contiguous, the new token
+    included: row r is at position seq_lens[r] - 1, and what is beyond B * S is left out; 0: a padding row, whose out is
+    zeros and which writes nothing. No two rows' tables share the block of a last position. out: [R, E] of qkv's type,
+    rows contiguous. workspace: for at least R rows and B * S tokens. An fp8 cache holds key / k_scale and
+    value / v_scale; other types take no scale. upcast: queries and keys are multiplied in fp32 whatever the types; the
+    fma form always does. form: "fma", on CUDA cores, or "dot", on tensor cores with the sums of `verify_attention`.
+    Returns out. Raises ValueError naming the argument.
+    """
+    check_attention(qkv, layer_cache, block_tables, seq_lens, out, scale, k_scale, v_scale)
+    if seq_lens.shape[0] != qkv.shape[0]:
+        raise ValueError(f"seq_lens: {seq_lens.shape[0]} rows, {qkv.shape[0]} in qkv")
+    if form not in FORMS:
+        raise ValueError(f"form: {form!r} is not one of {', '.join(FORMS)}")
+    num_rows = qkv.shape[0]
+    _, num_blocks, num_heads, block_size, head_size = layer_cache.shape
+    splits = workspace.check(num_rows, num_heads, head_size, block_tables.shape[1] * block_size, 1, qkv)
+    if num_rows == 0:
+        return out
+    if form == "dot":
+        scales = (scale, k_scale, v_scale)
+        decode_dot(qkv, layer_cache, block_tables, seq_lens, out, workspace, splits, scales, upcast)
+        return out
+    decode_kernel[(num_heads, num_rows, splits)](
+        qkv,
+        as_numbers(layer_cache),
+        block_tables,
+        seq_lens,
+        out,
+        workspace.partial,
+        workspace.lse,
+        workspace.tickets,
+        row_stride(qkv),
+        layer_cache.stride(0),
+        layer_cache.stride(1),
+        row_stride(block_tables),
+        row_stride(out),
+        num_blocks,
+        block_tables.shape[1],
+        workspace.max_splits,
+        scale * LOG2_E * k_scale,
+        float(k_scale),
+        float(v_scale),
+        **_constants(num_heads, head_size, block_size, layer_cache.itemsize, workspace, fp8_form(layer_cache)),
+        num_warps=1,
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+def _constants(
+    num_heads: int, head_size: int, block_size: int, itemsize: int, workspace: AttentionWorkspace, fp8: str
+) -> dict[str, Any]:
+    """constexprs of `decode_kernel`. itemsize: bytes of a cached number."""
+    tile_d = triton.next_power_of_2(head_size)
+    groups = max(1, min(32, 32 * 16 // (tile_d * itemsize)))  # a lane reads 16 bytes of a key
+    return {
+        "HEADS": num_heads,
+        "D": head_size,
+        "TILE_D": tile_d,
+        "BLOCK": block_size,
+        "GROUPS": groups,
+        "REPEATS": max(1, min(_TILE_BYTES // (tile_d * itemsize), 32) // groups),
+        "SPLIT_LEN": SPLIT,
+        "MAX_SPLITS": triton.next_power_of_2(workspace.max_splits),
+        "MERGED": _MERGED,
+        "QUERIES": workspace.num_queries,
+        "FP8_FORM": fp8,
+    }

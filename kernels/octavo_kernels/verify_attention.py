@@ -1,0 +1,297 @@
+"""Attention of a few queries per row over the paged cache, split over the context: drafts under verification, decode
+rows on tensor cores, and the batch-invariant mode.
+
+A program takes up to 16 queries of a row, one head and one split of 256 tokens. Splits and key tiles begin at fixed
+positions and are merged in index order, and keys that a query does not see add exact zeros: what a token's attention
+is does not depend on the chunk in which it comes.
+
+Log
+LOG
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo_kernels.attention_tiles import (
+    LOG2_E,
+    LOWEST,
+    as_numbers,
+    attend_tile,
+    check_attention,
+    fp8_form,
+    product_form,
+    require_ints,
+    write_token,
+)
+from octavo_kernels.attention_workspace import SPLIT, AttentionWorkspace
+from octavo_kernels.checks import row_stride
+from octavo_kernels.prefill_attention import Int32s, needs_upcast, prefill_tiles
+
+VERIFY_TILE: Final = 16
+"""Queries of a tile: the rows of an MMA."""
+
+
+@triton.jit(do_not_specialize=["num_blocks", "max_blocks", "max_splits", "num_rows", "num_tokens"])
+def verify_kernel(
+    qkv_ptr,  # [T, 3 * E] rows
+    cache_ptr,  # [2, N, H, S, D], the last three dimensions contiguous
+    table_ptr,  # int32 [R, B] rows
+    loc_ptr,  # int32 [R + 1]; None: row r has token r alone
+    lens_ptr,  # int32 [R]
+    tile_rows_ptr,  # int32 [tiles]; None: tile r is row r from its first query on
+    tile_starts_ptr,  # int32 [tiles]
+    out_ptr,  # [T, E] rows
+    partial_ptr,  # fp32 [tiles, H, splits, QUERIES, D]
+    lse_ptr,  # fp32 [tiles, H, splits, QUERIES]
+    ticket_ptr,  # int32 [tiles, H]
+    stride_qkv,
+    stride_half,
+    stride_block,
+    stride_table,
+    stride_out,
+    num_blocks,
+    max_blocks,  # B
+    max_splits,
+    num_rows,  # R
+    num_tokens,  # T
+    scale,  # base-2 scores are query * key * scale: the cache's scale is in it
+    k_scale,
+    v_scale,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,  # power of 2, at least D
+    BLOCK: tl.constexpr,  # S
+    TILE_M: tl.constexpr,  # 16
+    TILE_N: tl.constexpr,
+    SPLIT_LEN: tl.constexpr,
+    QUERIES: tl.constexpr,  # that the workspace has room for: 1, or TILE_M at least
+    WRITE: tl.constexpr,  # the last token's key and value are written to the cache first; with one query per row
+    FP8_FORM: tl.constexpr,
+    UPCAST: tl.constexpr,
+    FORM: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (H, tiles, splits)."""
+    head = tl.program_id(0)
+    tile = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    row = tile
+    first_query = 0
+    if tile_rows_ptr is not None:
+        row = tl.load(tile_rows_ptr + tile).to(tl.int64)
+        first_query = tl.load(tile_starts_ptr + tile)
+    if (row < 0) | (row >= num_rows):
+        return
+    first_token = row
+    chunk = 1
+    if loc_ptr is not None:
+        first_token = tl.load(loc_ptr + row).to(tl.int64)
+        chunk = (tl.load(loc_ptr + row + 1) - first_token).to(tl.int32)
+    past = tl.load(lens_ptr + row) - chunk  # position of the chunk's first token
+    index = tl.arange(0, TILE_M)
+    dims = tl.arange(0, TILE_D)
+    token = first_token + first_query + index
+    live = (first_query + index < chunk) & (first_query + index >= 0) & (token >= 0) & (token < num_tokens)
+    mask = live[:, None] & (dims < D)[None, :]
+    VALUE: tl.constexpr = qkv_ptr.dtype.element_ty
+    where_out = token[:, None] * stride_out + (head * D + dims)[None, :]
+    last = past + first_query + index
+    length = tl.minimum(past + tl.minimum(first_query + TILE_M, chunk), max_blocks * BLOCK)
+    begin = split * SPLIT_LEN
+    if begin >= length:
+        if (split == 0) & (length <= 0):
+            tl.store(out_ptr + where_out, tl.zeros([TILE_M, TILE_D], VALUE), mask=mask)
+        return
+    end = tl.minimum(begin + SPLIT_LEN, length)
+    table_ptr += row * stride_table
+    cache_ptr += head * (BLOCK * D)
+    if WRITE:  # noqa: SIM102 -- one is a constant
+        if begin + SPLIT_LEN >= length:
+            write_token(
+                qkv_ptr + row * stride_qkv + head * D, cache_ptr, table_ptr, length - 1, stride_half, stride_block,
+                num_blocks, k_scale, v_scale, HEADS * D, D, TILE_D, BLOCK, FP8_FORM,
+            )  # fmt: skip
+            tl.debug_barrier()  # the loop below reads what other lanes wrote
+    q = tl.load(qkv_ptr + token[:, None] * stride_qkv + (head * D + dims)[None, :], mask=mask, other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    peak = tl.full([TILE_M], LOWEST, tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    acc = tl.zeros([TILE_M, TILE_D], tl.float32)
+    for start in tl.range(begin, end, TILE_N, num_stages=STAGES):
+        peak, total, acc = attend_tile(
+            q, peak, total, acc, start, end, last, cache_ptr, stride_half, stride_block, table_ptr, num_blocks,
+            max_blocks, scale, VALUE, D, TILE_D, BLOCK, TILE_N, FP8_FORM, FORM, True,
+        )  # fmt: skip
+    lse = tl.where(total == 0.0, -float("inf"), peak + tl.log2(total))  # a query before this split sees none of it
+    result = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+
+    active = tl.cdiv(length, SPLIT_LEN)
+    if active == 1:
+        tl.store(out_ptr + where_out, result.to(VALUE), mask=mask)
+    else:
+        place = (tile * HEADS + head) * max_splits
+        partial_ptr += place * (QUERIES * D)
+        lse_ptr += place * QUERIES
+        ticket_ptr += tile * HEADS + head
+        kept = live & (index < QUERIES)
+        where = index[:, None] * D + dims[None, :]
+        mask = kept[:, None] & (dims < D)[None, :]
+        tl.store(partial_ptr + split * (QUERIES * D) + where, result, mask=mask)
+        tl.store(lse_ptr + split * QUERIES + index, lse, mask=kept)
+        tl.debug_barrier()  # all lanes' stores come before the ticket
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == active - 1:
+            tl.store(ticket_ptr, 0)  # graphs replay without the host
+            top = tl.full([TILE_M], LOWEST, tl.float32)
+            for i in tl.range(0, active):
+                lse = tl.load(lse_ptr + i * QUERIES + index, mask=kept, other=0.0, cache_modifier=".cg")
+                top = tl.maximum(top, lse)
+            total = tl.zeros([TILE_M], tl.float32)
+            merged = tl.zeros([TILE_M, TILE_D], tl.float32)
+            for i in tl.range(0, active):
+                lse = tl.load(lse_ptr + i * QUERIES + index, mask=kept, other=0.0, cache_modifier=".cg")
+                part = tl.load(partial_ptr + i * (QUERIES * D) + where, mask=mask, other=0.0, cache_modifier=".cg")
+                weight = tl.exp2(lse - top)
+                total += weight
+                merged += part * weight[:, None]
+            total = tl.where(total == 0.0, 1.0, total)
+            tl.store(out_ptr + where_out, (merged / total[:, None]).to(VALUE), mask=mask)
+
+
+def verify_attention(
+    qkv: Tensor,
+    layer_cache: Tensor,
+    block_tables: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    workspace: AttentionWorkspace,
+    *,
+    scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    upcast: bool = False,
+    tile_rows: Tensor | None = None,
+    tile_starts: Tensor | None = None,
+) -> Tensor:
+    """As `prefill_attention`, for rows of 1 to 16 queries, or of any number with tiles from `verify_tiles`.
+
+    A token's result has the same bits whatever chunk it comes in and whatever else is in the batch. Without tiles only
+    a row's first 16 queries are computed. workspace: for as many rows as there are tiles (rows without tiles) of
+    VERIFY_TILE queries, and B * S tokens. Returns out. Raises ValueError naming the argument.
+    """
+    check_attention(qkv, layer_cache, block_tables, seq_lens, out, scale, k_scale, v_scale)
+    require_ints("query_start_loc", query_start_loc, (seq_lens.shape[0] + 1,), qkv)
+    if (tile_rows is None) != (tile_starts is None):
+        raise ValueError("tile_starts: with tile_rows or not at all")
+    num_tiles = seq_lens.shape[0]
+    if tile_rows is not None and tile_starts is not None:
+        num_tiles = tile_rows.numel()
+        require_ints("tile_rows", tile_rows, (num_tiles,), qkv)
+        require_ints("tile_starts", tile_starts, (num_tiles,), qkv)
+    _, _, num_heads, block_size, head_size = layer_cache.shape
+    context = block_tables.shape[1] * block_size
+    splits = workspace.check(num_tiles, num_heads, head_size, context, VERIFY_TILE, qkv)
+    if num_tiles:
+        tiles = (query_start_loc, tile_rows, tile_starts)
+        grid = (num_heads, num_tiles, splits)
+        scales = (scale, k_scale, v_scale)
+        _launch(qkv, layer_cache, block_tables, seq_lens, out, workspace, grid, tiles, scales, upcast)
+    return out
+
+
+def verify_tiles(query_start_loc: Int32s, first_row: int) -> tuple[Int32s, Int32s]:
+    """As `prefill_tiles`, with VERIFY_TILE queries to a tile."""
+    return prefill_tiles(query_start_loc, first_row, VERIFY_TILE)
+
+
+def decode_dot(
+    qkv: Tensor,
+    layer_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    workspace: AttentionWorkspace,
+    splits: int,
+    scales: tuple[float, float, float],
+    upcast: bool,
+) -> None:
+    """`decode_attention` on tensor cores, which has checked the arguments. scales: of scores, keys, values."""
+    grid = (layer_cache.shape[2], qkv.shape[0], splits)
+    tiles = (None, None, None)
+    _launch(qkv, layer_cache, block_tables, seq_lens, out, workspace, grid, tiles, scales, upcast)
+
+
+def _launch(
+    qkv: Tensor,
+    layer_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    workspace: AttentionWorkspace,
+    grid: tuple[int, int, int],
+    tiles: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scales: tuple[float, float, float],
+    upcast: bool,
+) -> None:
+    """tiles: query_start_loc, tile_rows, tile_starts; without query_start_loc rows are of one token, which is written
+    to the cache."""
+    query_start_loc, tile_rows, tile_starts = tiles
+    scale, k_scale, v_scale = scales
+    _, num_blocks, num_heads, block_size, head_size = layer_cache.shape
+    wide = needs_upcast(upcast, qkv, layer_cache)
+    constants, options = _constants(num_heads, head_size, block_size, 4 if wide else qkv.itemsize)
+    verify_kernel[grid](
+        qkv,
+        as_numbers(layer_cache),
+        block_tables,
+        query_start_loc,
+        seq_lens,
+        tile_rows,
+        tile_starts,
+        out,
+        workspace.partial,
+        workspace.lse,
+        workspace.tickets,
+        row_stride(qkv),
+        layer_cache.stride(0),
+        layer_cache.stride(1),
+        row_stride(block_tables),
+        row_stride(out),
+        num_blocks,
+        block_tables.shape[1],
+        workspace.max_splits,
+        seq_lens.shape[0],
+        qkv.shape[0],
+        scale * LOG2_E * k_scale,
+        float(k_scale),
+        float(v_scale),
+        **constants,
+        QUERIES=workspace.num_queries,
+        WRITE=query_start_loc is None,
+        FP8_FORM=fp8_form(layer_cache),
+        UPCAST=wide,
+        FORM=product_form(qkv, fixed_order=True),
+        **options,
+        enable_fp_fusion=True,
+    )
+
+
+def _constants(num_heads: int, head_size: int, block_size: int, itemsize: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """constexprs of `verify_kernel`, and launch options. itemsize: bytes of what is multiplied."""
+    constants = {
+        "HEADS": num_heads,
+        "D": head_size,
+        "TILE_D": triton.next_power_of_2(head_size),
+        "BLOCK": block_size,
+        "TILE_M": VERIFY_TILE,
+        "TILE_N": 64 if itemsize == 2 else 32,
+        "SPLIT_LEN": SPLIT,
+        "STAGES": 2,
+    }
+    return constants, {"num_warps": 4, "num_stages": 2}
