@@ -189,6 +189,9 @@ SUPPORTED_PARAMS: Final[frozenset[str]] = frozenset(
         "eta_cutoff",
         "seed",
         "num_return_sequences",
+        "num_beams",
+        "length_penalty",
+        "early_stopping",
         "repetition_penalty",
         "encoder_repetition_penalty",
         "no_repeat_ngram_size",
@@ -213,7 +216,7 @@ SUPPORTED_PARAMS: Final[frozenset[str]] = frozenset(
     }
 )
 """Fields of GenerationParams that the engine honours. Any other that a request sets is UNSUPPORTED_FIELD, except at
-its neutral value where the wire has one (`num_beams` = 1)."""
+its neutral value where the wire has one (`guidance_scale` = 1)."""
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -370,6 +373,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: bool
     start_time: float
     """Seconds since the epoch."""
+    beam_search: bool = True
+    """Whether it can honour num_beams above 1."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):

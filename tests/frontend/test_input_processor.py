@@ -183,7 +183,7 @@ def test_all_violations_come_at_once_and_never_repeat_the_prompt() -> None:
     canary = "canary" * 30_000
     bad = GenerateRequest(
         prompts=[Prompt(text=canary), Prompt(token_ids=[V])],
-        params=GenerationParams(top_p=nan, temperature=-1, num_beams=3, max_length=3, max_new_tokens=5),
+        params=GenerationParams(top_p=nan, temperature=-1, num_beams=9, max_length=3, max_new_tokens=5),
         output=OutputOptions(logprobs=99),
         request_id="not good",
     )

@@ -53,9 +53,9 @@ class TestInvalid:
         assert found.fields == ["prompts"]
 
     async def test_unsupported_field(self, served: Served, shape: str) -> None:
-        found = await generate(served, shape, request("x", num_beams=4, guidance_scale=2.0))
+        found = await generate(served, shape, request("x", token_healing=True, guidance_scale=2.0))
         check(found, "INVALID_ARGUMENT", "UNSUPPORTED_FIELD")
-        assert set(found.fields) == {"params.num_beams", "params.guidance_scale"}
+        assert set(found.fields) == {"params.token_healing", "params.guidance_scale"}
 
     async def test_context_length(self, served: Served, shape: str) -> None:
         found = await generate(served, shape, request("x", max_new_tokens=5000))

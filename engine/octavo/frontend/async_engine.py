@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 from octavo.config import ServerConfig
 from octavo.errors import Reason, RequestError
 from octavo.frontend.admission import Admission
+from octavo.frontend.beams import num_rows
 from octavo.frontend.client import EngineCoreClient
 from octavo.frontend.failures import failure
 from octavo.frontend.input_processor import CheckedRequest, InputProcessor, ProcessedRequest
@@ -154,7 +155,7 @@ class AsyncEngine:
         if deadline is not None and deadline <= arrival_time:
             raise failure(Reason.CLIENT_DEADLINE)
         checked = self._inputs.check(request)
-        num_sequences = len(request.prompts) * (checked.params.num_return_sequences or 1)
+        num_sequences = len(request.prompts) * num_rows(checked.params)
         server_deadline = arrival_time + self.limits.max_request_duration
         is_client = deadline is not None and deadline < server_deadline
         self._admission.acquire(tenant, num_sequences)

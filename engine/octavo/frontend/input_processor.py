@@ -17,6 +17,7 @@ import numpy as np
 
 from octavo.config import Limits
 from octavo.errors import Reason, RequestError
+from octavo.frontend.beams import check_engine_can_search, is_beam_search, num_rows
 from octavo.frontend.defaults import complete, resolve_output, resolve_prompt_options
 from octavo.frontend.lengths import Context, LengthProblems, Lengths, resolve_lengths, truncate
 from octavo.frontend.model import FrontendModel
@@ -80,7 +81,13 @@ class ProcessedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_sequences(self) -> int:
+        """That are returned."""
         return len(self.prompts) * self.prompts[0].core_request.num_sequences
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that run at once: a beam search has more than it returns."""
+        return len(self.prompts) * num_rows(self.params)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -202,6 +209,9 @@ class InputProcessor:
         prompts, lengths = self._prompts_and_lengths(checked, token_ids)
         if info is not None:
             self._check_fits_cache(lengths, info)
+            if is_beam_search(checked.params):
+                pairs = [(len(ids), length.total) for ids, length in zip(prompts, lengths, strict=True)]
+                check_engine_can_search(checked.params, pairs, info)
         if not streaming:
             self._check_answer_size(checked, prompts, lengths)
         request = checked.request
@@ -326,6 +336,7 @@ class InputProcessor:
         cache_salt: str,
         arrival_time: float,
     ) -> EngineCoreRequest:
+        # Stop strings are matched here, on text, except those of a beam search, which goes on from other beams.
         params, output, cache = checked.params, checked.output, checked.request.cache
         num_sequences = params.num_return_sequences or 1
         key = self._next_key
@@ -338,7 +349,7 @@ class InputProcessor:
             key=key,
             num_sequences=num_sequences,
             prompt_token_ids=np.asarray(token_ids, dtype="<i4").tobytes(),
-            params=msgspec.structs.replace(params, stop_strings=[]),  # matched here, on text
+            params=params if is_beam_search(params) else msgspec.structs.replace(params, stop_strings=[]),
             max_total_tokens=length.total,
             length_is_context=length.is_context,
             eos_token_ids=[] if params.ignore_eos else params.eos_token_id or [],

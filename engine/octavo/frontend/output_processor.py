@@ -14,7 +14,7 @@ from octavo.frontend.detokenizer import StopMatch
 from octavo.frontend.failures import failure
 from octavo.frontend.input_processor import ProcessedRequest
 from octavo.frontend.request_state import PromptState, RequestState, SequenceState
-from octavo.ipc import EngineCoreOutputs, LogprobColumns, PromptLogprobColumns, PromptStarted
+from octavo.ipc import BeamSequence, EngineCoreOutputs, LogprobColumns, PromptLogprobColumns, PromptStarted
 from octavo.tokenizer import Tokenizer
 from octavo.types import FinishInfo, FinishReason, Logprobs
 
@@ -63,6 +63,8 @@ class OutputProcessor:
             if (ending := self._sequences.get(key)) is not None:
                 ending.prompt.request.preemptions += times
         self._process_tokens(outputs, now, changed, aborts)
+        for found in outputs.beams:
+            self._take_found(found, now, changed, aborts)
         for failed in outputs.failed:
             if (sequence := self._sequences.get(failed.key)) is not None:
                 state = sequence.prompt.request
@@ -120,6 +122,27 @@ class OutputProcessor:
                 _log.exception("request %s failed while its output was processed", state.request.request_id)
                 aborts += self.fail(state, failure(Reason.INTERNAL))
                 changed[id(state)] = state
+
+    def _take_found(self, found: BeamSequence, now: float, changed: dict[int, RequestState], aborts: list[int]) -> None:
+        """A whole sequence of a beam search."""
+        sequence = self._sequences.pop(found.key, None)
+        if sequence is None:
+            return
+        state = sequence.prompt.request
+        try:
+            match, token_id = None, -1
+            for token_id in _ints(found.token_ids):
+                match = self._add_token(sequence, token_id, now)
+            state.last_token = now
+            sequence.score = found.score
+            by_string = found.finish == FinishReason.STOP_STRING
+            assert match is not None or not by_string, "the core saw a stop string that is not there"
+            reason, match = (FinishReason.NONE, match) if by_string else (found.finish, None)
+            self._end(sequence, reason, match, token_id)
+        except Exception:
+            _log.exception("request %s failed while its output was processed", state.request.request_id)
+            aborts += self.fail(state, failure(Reason.INTERNAL))
+        changed[id(state)] = state
 
     def _add_token(self, sequence: SequenceState, token_id: int, now: float) -> StopMatch | None:
         if not sequence.pending:

@@ -22,7 +22,7 @@ from octavo.frontend.validation import (
     show,
 )
 from octavo.frontend.watermarks import check_watermark
-from octavo.types import ExponentialDecay, GenerationParams, SequenceBias, StopStringOutput
+from octavo.types import EarlyStopping, ExponentialDecay, GenerationParams, SequenceBias, StopStringOutput
 
 _BOOLS = ("do_sample", "ignore_eos", "stop_strings_ignore_prompt", "remove_invalid_values", "renormalize_logits")
 
@@ -45,6 +45,8 @@ class ParamChecker:
         self._check_lists(violations, params)
         self._check_sequences(violations, params)
         self._check_decay(violations, params.exponential_decay_length_penalty)
+        if not isinstance(params.early_stopping, EarlyStopping | None):
+            violations.add("params.early_stopping", f"has no value {show(params.early_stopping)}")
         if params.watermarking_config is not None:
             check_watermark(violations, "params.watermarking_config", params.watermarking_config)
         return wrong

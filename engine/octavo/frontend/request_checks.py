@@ -6,6 +6,7 @@ from typing import Any
 
 from octavo.config import Limits
 from octavo.errors import Reason, RequestError
+from octavo.frontend.beams import check_beams, is_beam_search, num_rows
 from octavo.frontend.defaults import DEFAULT_NEW_TOKENS, resolve_params
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.param_checks import ParamChecker, check_bools, check_token_rules
@@ -62,12 +63,14 @@ class RequestChecker:
         if params.structured_output is not None:
             check_structured_output(violations, params.structured_output, self._limits)
             check_with_structured_output(violations, params)
+        if "num_beams" not in wrong:
+            check_beams(violations, request.params, params, request.output)
         if not wrong:
             self._check_combinations(violations, request.params, params)
         if sound:
             check_token_rules(violations, request.params, params)
         violations.raise_if_any()
-        self._check_num_sequences(len(request.prompts), params.num_return_sequences or 1)
+        self._check_num_sequences(len(request.prompts), num_rows(params))
         return params
 
     def check_texts(self, violations: Violations, path: str, texts: list[str]) -> None:
@@ -177,9 +180,10 @@ class RequestChecker:
             self._check_greedy(violations, own, resolved)
 
     def _check_greedy(self, violations: Violations, own: GenerationParams, resolved: GenerationParams) -> None:
-        if (resolved.num_return_sequences or 1) > 1:
+        if (resolved.num_return_sequences or 1) > 1 and not is_beam_search(resolved):
             violations.add(
-                "params.num_return_sequences", "above 1 needs do_sample and a temperature above 0: all would be equal"
+                "params.num_return_sequences",
+                "above 1 needs num_beams, or do_sample and a temperature above 0: all would be equal",
             )
         if resolved.temperature == 0:
             return
@@ -193,7 +197,8 @@ class RequestChecker:
         if total > self._limits.max_sequences:
             raise RequestError(
                 Reason.REQUEST_TOO_LARGE,
-                f"prompts times num_return_sequences is {total}, the limit is {self._limits.max_sequences} sequences",
+                f"prompts times num_return_sequences (or num_beams) is {total}, "
+                f"the limit is {self._limits.max_sequences} sequences",
                 metadata={"max": str(self._limits.max_sequences), "got": str(total)},
             )
 

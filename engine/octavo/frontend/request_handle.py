@@ -36,7 +36,7 @@ class RequestHandle:
         self.resolved: ResolvedOptions | None = state.request.resolved
         self.tenant = state.request.tenant
         self.state = state
-        self.num_places = state.request.num_sequences
+        self.num_places = state.request.num_rows
         """Of the admission limits, held now. Owned by AsyncEngine."""
         self._owner = owner
         self._streaming = streaming

@@ -42,6 +42,7 @@ class SequenceState:
         "pending_since",
         "prompt",
         "queued",
+        "score",
     )
 
     def __init__(self, prompt: PromptState, key: int, output_index: int, detokenizer: Detokenizer | None) -> None:
@@ -59,6 +60,8 @@ class SequenceState:
         self.logprobs: Logprobs | None = None
         """Of the pending tokens."""
         self.finish: FinishInfo | None = None
+        self.score: float | None = None
+        """Of a sequence that a beam search found."""
         self.delivered = False
         """Something was taken."""
         self.queued = False
@@ -86,6 +89,7 @@ class SequenceState:
             token_ids=token_ids,
             logprobs=logprobs,
             finish=self.finish,
+            sequence_score=self.score,
         )
 
 

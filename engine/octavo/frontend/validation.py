@@ -103,6 +103,8 @@ def param_ranges(limits: Limits, vocab_size: int) -> dict[str, Range]:
         "eta_cutoff": Range(0, 1, high_open=True),
         "seed": Range(0, 2**64 - 1, integer=True),
         "num_return_sequences": Range(1, limits.max_num_return_sequences, integer=True),
+        "num_beams": Range(1, limits.max_num_beams, integer=True),
+        "length_penalty": FINITE,
         "repetition_penalty": Range(0, low_open=True),
         "encoder_repetition_penalty": Range(0, low_open=True),
         "no_repeat_ngram_size": Range(0, integer=True),

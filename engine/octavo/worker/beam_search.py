@@ -10,6 +10,7 @@ Notation: k beams, V tokens, P prompt length, C = max(2, 1 + number of ends) * k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -147,7 +148,7 @@ class BeamSearch:
     ) -> None:
         """Merges candidates of rank < k that have ended into the pool, by score over output length ** penalty."""
         k = self.params.num_beams
-        normalised = scores / (output_len**self.params.length_penalty)
+        normalised = scores / _power(output_len, self.params.length_penalty)
         accepted = ended & (torch.arange(len(scores)) < k)
         normalised = normalised + (~accepted).float() * UNREACHABLE
         merged = torch.cat([torch.tensor([entry.score for entry in self._pool]), normalised])
@@ -171,7 +172,7 @@ class BeamSearch:
             return True
         optimistic = params.early_stopping is EarlyStopping.NEVER and params.length_penalty > 0.0
         best_len = params.max_total_tokens - params.prompt_len if optimistic else output_len
-        best = float(self._running[0] / (best_len**params.length_penalty))
+        best = float(self._running[0] / _power(best_len, params.length_penalty))
         worst = min(entry.score for entry in self._pool)
         return not any(best > (UNREACHABLE if entry.token_ids is None else worst) for entry in self._pool)
 
@@ -181,6 +182,14 @@ class BeamSearch:
             BeamHypothesis(nothing if entry.token_ids is None else entry.token_ids, entry.finish, entry.score)
             for entry in self._pool[: self.params.num_return_sequences]
         ]
+
+
+def _power(length: int, penalty: float) -> float:
+    """length ** penalty; infinite where Python, and transformers with it, raises OverflowError."""
+    try:
+        return float(length**penalty)
+    except OverflowError:
+        return math.inf
 
 
 def contains_stop(tail: bytes, data: bytes, stops: list[bytes]) -> bool:

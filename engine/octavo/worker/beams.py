@@ -155,7 +155,7 @@ def _params_of(request: NewRequest) -> BeamParams:
         max_total_tokens=request.max_total_tokens,
         eos_token_ids=request.eos_token_ids,
         stop_token_ids=request.stop_token_ids,
-        length_penalty=1.0 if params.length_penalty is None else params.length_penalty,
+        length_penalty=1.0 if params.length_penalty is None else float(params.length_penalty),
         early_stopping=params.early_stopping or EarlyStopping.FALSE,
         do_sample=bool(params.do_sample and params.temperature != 0.0),
     )

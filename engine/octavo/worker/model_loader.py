@@ -79,6 +79,7 @@ class LoadedModel:
             max_model_len=_max_model_len(config, self.spec),
             batch_invariant=False,
             start_time=time.time(),
+            beam_search=isinstance(self.model, GPT2),
         )
 
 
