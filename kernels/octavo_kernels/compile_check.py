@@ -291,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [name for name in variants if fnmatch.fnmatch(name, f"*{options.only}*")]
     few = covering({name: variants[name] for name in wanted}) if options.covering else wanted
     jobs = [(name, cap) for cap in options.capabilities for name in (wanted if cap == 90 else few)]
+    jobs = [(name, cap) for name, cap in jobs if cap >= variants[name].min_capability]
     if not jobs:
         print(f"no variant's name contains {options.only!r}", file=sys.stderr)
         return 2

@@ -25,6 +25,7 @@ class Variant:
     fp_fusion: bool = True
     wide_loads: bool = True  # 16-byte loads from global memory are expected
     mma: str | None = None  # tensor cores expected: "mma" everywhere, or "wgmma" on sm_90 (mma elsewhere)
+    min_capability: int = 80  # 89 where the engine launches it only on GPUs that convert fp8
 
     def __post_init__(self) -> None:
         """Raises ValueError where the fields do not fit the kernel or each other."""
