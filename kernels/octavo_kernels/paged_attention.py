@@ -10,7 +10,7 @@ LOG
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import triton
 import triton.language as tl
@@ -27,10 +27,14 @@ from octavo_kernels.attention_tiles import (
     tile_offsets,
     write_token,
 )
+from octavo_kernels.attention_variants import cache_kinds
 from octavo_kernels.attention_workspace import SPLIT, AttentionWorkspace
 from octavo_kernels.checks import row_stride
 from octavo_kernels.prefill_attention import PREFILL_TILE, prefill_attention, prefill_tiles
+from octavo_kernels.prefill_attention import compile_variants as prefill_attention_variants
+from octavo_kernels.variant import Variant
 from octavo_kernels.verify_attention import VERIFY_TILE, decode_dot, verify_attention, verify_tiles
+from octavo_kernels.verify_attention import compile_variants as verify_attention_variants
 
 __all__ = [
     "PREFILL_TILE",
@@ -238,17 +242,18 @@ def decode_attention(
         scale * LOG2_E * k_scale,
         float(k_scale),
         float(v_scale),
-        **_constants(num_heads, head_size, block_size, layer_cache.itemsize, workspace, fp8_form(layer_cache)),
+        **_constants(num_heads, head_size, block_size, layer_cache.itemsize),
+        MAX_SPLITS=triton.next_power_of_2(workspace.max_splits),
+        QUERIES=workspace.num_queries,
+        FP8_FORM=fp8_form(layer_cache),
         num_warps=1,
         enable_fp_fusion=True,
     )
     return out
 
 
-def _constants(
-    num_heads: int, head_size: int, block_size: int, itemsize: int, workspace: AttentionWorkspace, fp8: str
-) -> dict[str, Any]:
-    """constexprs of `decode_kernel`. itemsize: bytes of a cached number."""
+def _constants(num_heads: int, head_size: int, block_size: int, itemsize: int) -> dict[str, int]:
+    """constexprs of `decode_kernel` that follow from the cache. itemsize: bytes of a cached number."""
     tile_d = triton.next_power_of_2(head_size)
     groups = max(1, min(32, 32 * 16 // (tile_d * itemsize)))  # a lane reads 16 bytes of a key
     return {
@@ -259,8 +264,15 @@ def _constants(
         "GROUPS": groups,
         "REPEATS": max(1, min(_TILE_BYTES // (tile_d * itemsize), 32) // groups),
         "SPLIT_LEN": SPLIT,
-        "MAX_SPLITS": triton.next_power_of_2(workspace.max_splits),
         "MERGED": _MERGED,
-        "QUERIES": workspace.num_queries,
-        "FP8_FORM": fp8,
     }
+
+
+def compile_variants() -> list[Variant]:
+    """What the engine launches, of all forms of attention: see `cache_kinds`."""
+    variants = []
+    for kind in cache_kinds():
+        constants = _constants(kind.heads, kind.head_size, kind.block_size, kind.itemsize)
+        constants |= {"MAX_SPLITS": 4, "QUERIES": 1, "FP8_FORM": kind.fp8}
+        variants.append(kind.variant("decode fma", decode_kernel, constants, num_warps=1))
+    return variants + prefill_attention_variants() + verify_attention_variants()

@@ -28,7 +28,9 @@ from octavo_kernels.attention_tiles import (
     product_form,
     require_ints,
 )
+from octavo_kernels.attention_variants import cache_kinds
 from octavo_kernels.checks import row_stride
+from octavo_kernels.variant import Variant
 
 Int32s = npt.NDArray[np.int32]
 PREFILL_TILE: Final = 64
@@ -200,3 +202,14 @@ def _constants(head_size: int, block_size: int, itemsize: int) -> tuple[dict[str
         "STAGES": 2,
     }
     return constants, {"num_warps": 4 if itemsize == 2 else 8, "num_stages": 2}
+
+
+def compile_variants() -> list[Variant]:
+    """What the engine launches for prompts, by cache."""
+    variants = []
+    for kind in cache_kinds():
+        constants, options = _constants(kind.head_size, kind.block_size, 4 if kind.dtype == "fp32" else 2)
+        constants |= {"FP8_FORM": kind.fp8, "UPCAST": False, "FORM": "dot"}
+        mma = None if kind.dtype == "fp32" else "wgmma"
+        variants.append(kind.variant("prefill", prefill_kernel, constants, mma=mma, **options))
+    return variants

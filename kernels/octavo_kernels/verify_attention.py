@@ -28,9 +28,11 @@ from octavo_kernels.attention_tiles import (
     require_ints,
     write_token,
 )
+from octavo_kernels.attention_variants import cache_kinds
 from octavo_kernels.attention_workspace import SPLIT, AttentionWorkspace
 from octavo_kernels.checks import row_stride
 from octavo_kernels.prefill_attention import Int32s, needs_upcast, prefill_tiles
+from octavo_kernels.variant import Variant
 
 VERIFY_TILE: Final = 16
 """Queries of a tile: the rows of an MMA."""
@@ -295,3 +297,18 @@ def _constants(num_heads: int, head_size: int, block_size: int, itemsize: int) -
         "STAGES": 2,
     }
     return constants, {"num_warps": 4, "num_stages": 2}
+
+
+def compile_variants() -> list[Variant]:
+    """What the engine launches for drafts and in batch-invariant mode, and decode rows on tensor cores, by cache."""
+    variants = []
+    for kind in cache_kinds():
+        constants, options = _constants(kind.heads, kind.head_size, kind.block_size, 4 if kind.dtype == "fp32" else 2)
+        constants |= {"FP8_FORM": kind.fp8, "UPCAST": False, "FORM": "dot"}
+        mma = None if kind.dtype == "fp32" else "mma"
+        verify = constants | {"QUERIES": VERIFY_TILE, "WRITE": False}
+        decode = constants | {"QUERIES": 1, "WRITE": True}
+        decode |= {"loc_ptr": None, "tile_rows_ptr": None, "tile_starts_ptr": None}
+        variants.append(kind.variant("verify", verify_kernel, verify, mma=mma, **options))
+        variants.append(kind.variant("decode dot", verify_kernel, decode, mma=mma, **options))
+    return variants
