@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from octavo.client.results import Collector, Response, shaped
 from octavo.config import CacheConfig, EngineConfig, Limits, ModelConfig, SchedulerConfig, check
 from octavo.engine_core.engine_core import EngineCore, Runner
 from octavo.errors import Code, Reason, RequestError
-from octavo.frontend.input_processor import InputProcessor, ProcessedRequest
+from octavo.frontend.input_processor import Arrival, CheckedRequest, InputProcessor, ProcessedRequest
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.output_processor import OutputProcessor
 from octavo.frontend.request_state import RequestState
@@ -111,29 +112,60 @@ class LLM:
         self._core.close()
 
     def _run(self, calls: Sequence[Call]) -> list[Response | RequestError]:
-        processed = [self._process(call) for call in calls]  # all checks come before any work
+        prepared = self._heal([self._prepare(call) for call in calls])
+        processed = [self._finish(*request) for request in prepared]  # all checks come before any work
         states = []
         for request in processed:
             states.append(self._outputs.add(request))
             self._core.handle(AddRequests(_FRONTEND, request.core_requests))
+        self._finish_all(states)
+        return [
+            self._response(call, request, state) for call, request, state in zip(calls, processed, states, strict=True)
+        ]
+
+    def _prepare(self, call: Call) -> tuple[CheckedRequest, list[list[int]]]:
+        with _value_errors():
+            checked = self._inputs.check(fields.read_request(call.message))
+            self._inputs.compile(checked)
+            return checked, self._inputs.tokenize_all(checked)
+
+    def _finish(self, checked: CheckedRequest, token_ids: list[list[int]]) -> ProcessedRequest:
+        with _value_errors():
+            arrival = Arrival(time.monotonic())
+            return self._inputs.finish(checked, token_ids, arrival, streaming=True, info=self._core.info)
+
+    def _heal(
+        self, requests: list[tuple[CheckedRequest, list[list[int]]]]
+    ) -> list[tuple[CheckedRequest, list[list[int]]]]:
+        """With the prompts of those that ask for token healing healed, all in one batch."""
+        wanted = [i for i, (checked, _) in enumerate(requests) if checked.params.token_healing]
+        with _value_errors():
+            healings = {i: self._inputs.plan_healing(*requests[i], self._core.info) for i in wanted}
+        states: dict[int, RequestState] = {}
+        for i, healing in healings.items():
+            request = self._inputs.healing_request(healing, Arrival(time.monotonic()))
+            if request is not None:
+                states[i] = self._outputs.add(request)
+                self._core.handle(AddRequests(_FRONTEND, request.core_requests))
+        self._finish_all(list(states.values()))
+        for i, healing in healings.items():
+            chosen: dict[int, int] = {}
+            if (state := states.get(i)) is not None:
+                if state.error is not None:
+                    raise state.error
+                update = state.take(time.monotonic())
+                assert update is not None
+                chosen = {delta.prompt_index: delta.token_ids[0] for delta in update.deltas}
+            requests[i] = self._inputs.healed(healing, chosen)
+        return requests
+
+    def _finish_all(self, states: Sequence[RequestState]) -> None:
+        """Runs the engine until it is empty."""
         try:
             while self._core.has_work:
                 self._step()
         finally:
             self._abort_unfinished(states)
-        return [
-            self._response(call, request, state) for call, request, state in zip(calls, processed, states, strict=True)
-        ]
-
-    def _process(self, call: Call) -> ProcessedRequest:
-        try:
-            request = fields.read_request(call.message)
-            return self._inputs.process(request, arrival_time=time.monotonic(), info=self._core.info)
-        except RequestError as error:
-            if error.code is not Code.INVALID_ARGUMENT:
-                raise
-            problems = "; ".join(f"{v.field}: {v.description}" for v in error.violations)
-            raise ValueError(problems or error.message) from error
 
     def _step(self) -> None:
         for message in self._core.step().get(_FRONTEND, []):
@@ -163,3 +195,15 @@ class LLM:
             )
         )
         return collector.response()
+
+
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    """A caller's mistake becomes the ValueError that a local call would raise."""
+    try:
+        yield
+    except RequestError as error:
+        if error.code is not Code.INVALID_ARGUMENT:
+            raise
+        problems = "; ".join(f"{v.field}: {v.description}" for v in error.violations)
+        raise ValueError(problems or error.message) from error

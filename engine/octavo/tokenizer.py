@@ -43,14 +43,27 @@ class Tokenizer:
     split_special_tokens: bool
     """What an unset PromptOptions.split_special_tokens means: false unless tokenizer_config.json says otherwise."""
 
-    def __init__(self, rust: RustTokenizer, vocab_size: int, *, split_special_tokens: bool = False) -> None:
+    vocabulary: dict[str, int]
+    """Token as the vocabulary spells it -> id."""
+    unk_token: str | None
+
+    def __init__(
+        self,
+        rust: RustTokenizer,
+        vocab_size: int,
+        *,
+        split_special_tokens: bool = False,
+        unk_token: str | None = _DEFAULT_SPECIAL,
+    ) -> None:
         self._rust = rust
         self._rust_splitting: RustTokenizer | None = None
         self._lock = threading.Lock()
         self.vocab_size = vocab_size
         self.split_special_tokens = split_special_tokens
         self.token_bytes = [b""] * vocab_size
-        for token, token_id in rust.get_vocab(with_added_tokens=True).items():
+        self.vocabulary = rust.get_vocab(with_added_tokens=True)
+        self.unk_token = unk_token
+        for token, token_id in self.vocabulary.items():
             self.token_bytes[token_id] = _bytes_of(token)
         added = rust.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -76,7 +89,12 @@ class Tokenizer:
                 "tokenizer", f"vocabulary and merges do not fit together ({type(error).__name__})"
             ) from error
         _check_vocabulary(rust, vocab_size)
-        return cls(rust, vocab_size, split_special_tokens=bool(config.get("split_special_tokens", False)))
+        return cls(
+            rust,
+            vocab_size,
+            split_special_tokens=bool(config.get("split_special_tokens", False)),
+            unk_token=_special_name(config, "unk_token"),
+        )
 
     def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool = True, split_special_tokens: bool = False

@@ -213,6 +213,7 @@ SUPPORTED_PARAMS: Final[frozenset[str]] = frozenset(
         "watermarking_config",
         "structured_output",
         "bos_token_id",
+        "token_healing",
     }
 )
 """Fields of GenerationParams that the engine honours. Any other that a request sets is UNSUPPORTED_FIELD, except at

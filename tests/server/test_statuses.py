@@ -53,9 +53,9 @@ class TestInvalid:
         assert found.fields == ["prompts"]
 
     async def test_unsupported_field(self, served: Served, shape: str) -> None:
-        found = await generate(served, shape, request("x", token_healing=True, guidance_scale=2.0))
+        found = await generate(served, shape, request("x", prompt_lookup_num_tokens=3, max_matching_ngram_size=3))
         check(found, "INVALID_ARGUMENT", "UNSUPPORTED_FIELD")
-        assert set(found.fields) == {"params.token_healing", "params.guidance_scale"}
+        assert set(found.fields) == {"params.prompt_lookup_num_tokens", "params.max_matching_ngram_size"}
 
     async def test_context_length(self, served: Served, shape: str) -> None:
         found = await generate(served, shape, request("x", max_new_tokens=5000))

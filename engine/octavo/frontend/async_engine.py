@@ -20,7 +20,7 @@ from octavo.frontend.admission import Admission
 from octavo.frontend.beams import num_rows
 from octavo.frontend.client import EngineCoreClient
 from octavo.frontend.failures import failure
-from octavo.frontend.input_processor import CheckedRequest, InputProcessor, ProcessedRequest
+from octavo.frontend.input_processor import Arrival, CheckedRequest, InputProcessor, ProcessedRequest
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.output_processor import OutputProcessor
 from octavo.frontend.request_handle import RequestHandle
@@ -158,22 +158,16 @@ class AsyncEngine:
         num_sequences = len(request.prompts) * num_rows(checked.params)
         server_deadline = arrival_time + self.limits.max_request_duration
         is_client = deadline is not None and deadline < server_deadline
+        arrival = Arrival(arrival_time, tenant, deadline if is_client else server_deadline, is_client)
         self._admission.acquire(tenant, num_sequences)
         self._num_submitting += 1
         self._update_idle()
         try:
             await self._compile(checked)
             token_ids = await self._tokenize(checked)
-            processed = self._inputs.finish(
-                checked,
-                token_ids,
-                arrival_time=arrival_time,
-                tenant=tenant,
-                deadline=deadline if is_client else server_deadline,
-                deadline_is_client=is_client,
-                streaming=streaming,
-                info=self.info,
-            )
+            if checked.params.token_healing:
+                checked, token_ids = await self._heal(checked, token_ids, arrival)
+            processed = self._inputs.finish(checked, token_ids, arrival, streaming=streaming, info=self.info)
             return self._send(processed, streaming)
         except BaseException:
             self._admission.release(tenant, num_sequences)
@@ -181,6 +175,23 @@ class AsyncEngine:
         finally:
             self._num_submitting -= 1
             self._update_idle()
+
+    async def _heal(
+        self, checked: CheckedRequest, token_ids: list[list[int]], arrival: Arrival
+    ) -> tuple[CheckedRequest, list[list[int]]]:
+        """The request with its prompts healed, which takes a step of the engine."""
+        loop = asyncio.get_running_loop()
+        healing = await loop.run_in_executor(self._threads, self._inputs.plan_healing, checked, token_ids, self.info)
+        request = self._inputs.healing_request(healing, arrival)
+        if request is None:
+            return self._inputs.healed(healing, {})
+        handle = self._send(request, streaming=False)
+        handle.num_places = 0  # it has those of the request
+        try:
+            update = await handle.collect()
+        finally:
+            handle.close()
+        return self._inputs.healed(healing, {delta.prompt_index: delta.token_ids[0] for delta in update.deltas})
 
     def _send(self, processed: ProcessedRequest, streaming: bool) -> RequestHandle:
         self._check_ready()

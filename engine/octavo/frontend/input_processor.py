@@ -18,7 +18,8 @@ import numpy as np
 from octavo.config import Limits
 from octavo.errors import Reason, RequestError
 from octavo.frontend.beams import check_engine_can_search, is_beam_search, num_rows
-from octavo.frontend.defaults import complete, resolve_output, resolve_prompt_options
+from octavo.frontend.defaults import complete, resolve_output, resolve_params, resolve_prompt_options
+from octavo.frontend.healing import Healing, TokenHealer
 from octavo.frontend.lengths import Context, LengthProblems, Lengths, resolve_lengths, truncate
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.param_checks import END_AS_BAD_WORD, end_token_ids
@@ -35,6 +36,7 @@ from octavo.types import (
     GenerationParams,
     LogprobKind,
     OutputOptions,
+    Prompt,
     PromptOptions,
     ResolvedOptions,
 )
@@ -48,7 +50,7 @@ class ProcessedPrompt(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int]
     """After truncation."""
     text: str | None
-    """What stands before the generated text with include_prompt; None without."""
+    """What stands before the generated text: the prompt with include_prompt, what token healing added without."""
     seed: int | None
     """None when nothing is sampled."""
     core_request: EngineCoreRequest
@@ -95,6 +97,16 @@ class ProcessedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Arrival:
+    """When a request came, from whom, and until when it may take. Monotonic seconds."""
+
+    time: float
+    tenant: str = ""
+    deadline: float | None = None
+    deadline_is_client: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class CheckedRequest:
     """A request that is sound as far as can be told without tokens."""
 
@@ -102,6 +114,8 @@ class CheckedRequest:
     params: GenerationParams
     output: OutputOptions
     prompt_options: PromptOptions
+    extensions: list[str] | None = None
+    """What token healing added to the text of each prompt."""
 
     @property
     def texts(self) -> list[str]:
@@ -123,6 +137,7 @@ class InputProcessor:
         self._cache_secret = cache_secret
         self._checker = RequestChecker(model, limits)
         self._constraints = ConstraintCompiler(model.tokenizer)
+        self._healer = TokenHealer(model.tokenizer)
         self._context = Context(model.spec.n_positions, model.max_model_len)
         self._next_key = 1
 
@@ -145,16 +160,8 @@ class InputProcessor:
         checked = self.check(request)
         self.compile(checked)
         token_ids = self.tokenize_all(checked)
-        return self.finish(
-            checked,
-            token_ids,
-            arrival_time=arrival_time,
-            tenant=tenant,
-            deadline=deadline,
-            deadline_is_client=deadline_is_client,
-            streaming=streaming,
-            info=info,
-        )
+        arrival = Arrival(arrival_time, tenant, deadline, deadline_is_client)
+        return self.finish(checked, token_ids, arrival, streaming=streaming, info=info)
 
     def check(self, request: GenerateRequest) -> CheckedRequest:
         """Raises RequestError: INVALID_FIELD, UNSUPPORTED_FIELD, MODEL_NOT_FOUND, REQUEST_TOO_LARGE."""
@@ -195,11 +202,8 @@ class InputProcessor:
         self,
         checked: CheckedRequest,
         token_ids: list[list[int]],
+        arrival: Arrival,
         *,
-        arrival_time: float,
-        tenant: str,
-        deadline: float | None,
-        deadline_is_client: bool,
         streaming: bool,
         info: EngineInfo | None,
     ) -> ProcessedRequest:
@@ -214,29 +218,55 @@ class InputProcessor:
                 check_engine_can_search(checked.params, pairs, info)
         if not streaming:
             self._check_answer_size(checked, prompts, lengths)
-        request = checked.request
-        salt = self._salt(tenant, request.cache.cache_salt)
         processed = []
         for i, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
             seed = self._seed(checked.params)
-            core_request = msgspec.structs.replace(
-                self._core_request(for_core, ids, length, seed or 0, salt, arrival_time),
-                deadline=deadline,
-                deadline_is_client=deadline_is_client,
-            )
-            text = self._prompt_text(checked, i) if checked.output.include_prompt else None
+            core_request = self._core_request(for_core, ids, length, seed or 0, arrival)
+            text = None if checked.extensions is None else checked.extensions[i]
+            text = self._prompt_text(checked, i) if checked.output.include_prompt else text
             processed.append(ProcessedPrompt(index=i, token_ids=ids, text=text, seed=seed, core_request=core_request))
-        return ProcessedRequest(
-            request_id=request.request_id or f"req-{secrets.token_hex(8)}",
-            tenant=tenant,
-            prompts=processed,
-            params=checked.params,
-            output=checked.output,
-            resolved=self._resolved(checked, prompts, lengths) if checked.output.return_resolved_options else None,
-            arrival_time=arrival_time,
-            deadline=deadline,
-            deadline_is_client=deadline_is_client,
-        )
+        resolved = self._resolved(checked, prompts, lengths) if checked.output.return_resolved_options else None
+        return _processed(checked, processed, arrival, resolved)
+
+    def plan_healing(self, checked: CheckedRequest, token_ids: list[list[int]], info: EngineInfo | None) -> Healing:
+        """What token_healing means for the prompts. `token_ids`: from `tokenize_all`. May run in any thread.
+
+        Raises RequestError as `finish` for lengths.
+        """
+        prompts, _ = self._prompts_and_lengths(checked, token_ids)
+        try:
+            plans = [self._healer.plan(ids, checked.prompt_options) for ids in prompts]
+        except TokenizerError as error:
+            raise RequestError(Reason.INTERNAL, "the prompt could not be tokenized") from error
+        healing = Healing(checked, plans, token_ids[len(checked.texts) :])
+        _, lengths = self._prompts_and_lengths(*self.healed(healing, {}))
+        if info is not None:
+            self._check_fits_cache(lengths, info)
+        return healing
+
+    def healing_request(self, healing: Healing, arrival: Arrival) -> ProcessedRequest | None:
+        """One greedy step for each prompt with something to choose; None if there is none."""
+        step = replace(healing.checked, output=resolve_output(OutputOptions(return_text=False)))
+        prompts = []
+        for index, plan in enumerate(healing.plans):
+            if not plan.candidates:
+                continue
+            own = GenerationParams(
+                max_new_tokens=1, do_sample=False, num_return_sequences=1, num_beams=1, logit_bias=plan.biases
+            )
+            step = replace(step, params=resolve_params(own, self._model.checkpoint_params))
+            ids = plan.token_ids[:-1]
+            core_request = self._core_request(step, ids, Lengths(len(ids) + 1, False), 0, arrival)
+            prompts.append(ProcessedPrompt(index=index, token_ids=ids, text=None, seed=None, core_request=core_request))
+        return _processed(step, prompts, arrival, None) if prompts else None
+
+    def healed(self, healing: Healing, chosen: dict[int, int]) -> tuple[CheckedRequest, list[list[int]]]:
+        """What `finish` takes: the request with healed prompts. `chosen`: by prompt, the tokens of
+        `healing_request`."""
+        healed = [plan.healed(chosen.get(i)) for i, plan in enumerate(healing.plans)]
+        extensions = [self._healer.extension(plan, ids) for plan, ids in zip(healing.plans, healed, strict=True)]
+        request = msgspec.structs.replace(healing.checked.request, prompts=[Prompt(token_ids=ids) for ids in healed])
+        return replace(healing.checked, request=request, extensions=extensions), healing.words
 
     def check_texts(self, texts: list[str]) -> None:
         """Of a TokenizeRequest. Raises RequestError."""
@@ -328,13 +358,7 @@ class InputProcessor:
             )
 
     def _core_request(
-        self,
-        checked: CheckedRequest,
-        token_ids: list[int],
-        length: Lengths,
-        seed: int,
-        cache_salt: str,
-        arrival_time: float,
+        self, checked: CheckedRequest, token_ids: list[int], length: Lengths, seed: int, arrival: Arrival
     ) -> EngineCoreRequest:
         # Stop strings are matched here, on text, except those of a beam search, which goes on from other beams.
         params, output, cache = checked.params, checked.output, checked.request.cache
@@ -356,9 +380,11 @@ class InputProcessor:
             stop_token_ids=params.stop_token_ids,
             seed=seed,
             priority=checked.request.priority,
-            cache_salt=cache_salt,
+            cache_salt=self._salt(arrival.tenant, cache.cache_salt),
             bypass_prefix_cache=bool(cache.bypass_prefix_cache),
-            arrival_time=arrival_time,
+            arrival_time=arrival.time,
+            deadline=arrival.deadline,
+            deadline_is_client=arrival.deadline_is_client,
             logprobs=logprobs,
             prompt_logprobs=output.prompt_logprobs,
         )
@@ -396,6 +422,22 @@ class InputProcessor:
             prompt_options=checked.prompt_options,
             cache=CacheOptions(bypass_prefix_cache=bool(cache.bypass_prefix_cache), cache_salt=cache.cache_salt),
         )
+
+
+def _processed(
+    checked: CheckedRequest, prompts: list[ProcessedPrompt], arrival: Arrival, resolved: ResolvedOptions | None
+) -> ProcessedRequest:
+    return ProcessedRequest(
+        request_id=checked.request.request_id or f"req-{secrets.token_hex(8)}",
+        tenant=arrival.tenant,
+        prompts=prompts,
+        params=checked.params,
+        output=checked.output,
+        resolved=resolved,
+        arrival_time=arrival.time,
+        deadline=arrival.deadline,
+        deadline_is_client=arrival.deadline_is_client,
+    )
 
 
 def bytes_per_token(output: OutputOptions) -> int:

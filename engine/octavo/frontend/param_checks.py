@@ -24,7 +24,14 @@ from octavo.frontend.validation import (
 from octavo.frontend.watermarks import check_watermark
 from octavo.types import EarlyStopping, ExponentialDecay, GenerationParams, SequenceBias, StopStringOutput
 
-_BOOLS = ("do_sample", "ignore_eos", "stop_strings_ignore_prompt", "remove_invalid_values", "renormalize_logits")
+_BOOLS = (
+    "do_sample",
+    "ignore_eos",
+    "stop_strings_ignore_prompt",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "token_healing",
+)
 
 
 class ParamChecker:
