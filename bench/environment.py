@@ -36,6 +36,16 @@ def cpu_flags() -> list[str]:
     return [flag for flag in _CPU_FLAGS if flag in found]
 
 
+def gpu_state() -> str:
+    """Driver, clocks and power limit as found, and other processes' use of the GPU; empty where nvidia-smi is not."""
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,utilization.gpu"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def busy_seconds() -> float:
     """CPU seconds that the whole machine has spent on anything but idling, since it started."""
     fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
