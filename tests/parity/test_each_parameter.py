@@ -34,7 +34,7 @@ PARAMETERS: dict[str, list[Settings]] = {
     "eos_token_id": [
         {"eos_token_id": 11},
         {"eos_token_id": COMMON},
-        {"eos_token_id": None, "sequence_bias": {(EOS,): 8.0}},
+        {"eos_token_id": None, "sequence_bias": {(EOS,): 20.0}},
     ],
     "stop_strings": [{"stop_strings": [" the", ","]}, {"stop_strings": "e"}],
     "max_time": [{"max_time": 0}],
