@@ -20,24 +20,15 @@ import triton.language as tl
 from octavo_kernels.state import Feature, Param
 from octavo_kernels.workspace import WINDOW
 
-_TOP_H = tl.constexpr(int(Feature.TOP_H))
-_TOP_K = tl.constexpr(int(Feature.TOP_K))
-_TOP_P = tl.constexpr(int(Feature.TOP_P))
-_MIN_P = tl.constexpr(int(Feature.MIN_P))
-_TYPICAL = tl.constexpr(int(Feature.TYPICAL_P))
-_EPSILON = tl.constexpr(int(Feature.EPSILON_CUTOFF))
-_ETA = tl.constexpr(int(Feature.ETA_CUTOFF))
-_ANY = tl.constexpr(
-    int(
-        Feature.TOP_H
-        | Feature.TOP_K
-        | Feature.TOP_P
-        | Feature.MIN_P
-        | Feature.TYPICAL_P
-        | Feature.EPSILON_CUTOFF
-        | Feature.ETA_CUTOFF
-    )
-)
+# The filters' bits follow each other, in their order.
+_FIRST = tl.constexpr(int(Feature.TOP_H).bit_length() - 1)
+_NUM_FILTERS = tl.constexpr(7)
+_TOP_H = tl.constexpr(0)
+_TOP_K = tl.constexpr(1)
+_TOP_P = tl.constexpr(2)
+_MIN_P = tl.constexpr(3)
+_TYPICAL = tl.constexpr(4)
+_ETA = tl.constexpr(6)
 _TOP_K_VALUE = tl.constexpr(int(Param.TOP_K))
 _TOP_P_TAIL = tl.constexpr(int(Param.TOP_P_TAIL))
 _MIN_P_VALUE = tl.constexpr(int(Param.MIN_P))
@@ -47,7 +38,18 @@ _EPSILON_CUTOFF = tl.constexpr(int(Param.EPSILON_CUTOFF))
 _ETA_CUTOFF = tl.constexpr(int(Param.ETA_CUTOFF))
 _MIN_KEEP = tl.constexpr(int(Param.MIN_KEEP))
 _TOP_H_CANDIDATES = tl.constexpr(100)  # TopHLogitsWarper looks at no more
+_TOP_H_TILE = tl.constexpr(128)
 _WINDOW = tl.constexpr(WINDOW)
+
+assert [Feature.TOP_H << i for i in range(7)] == [
+    Feature.TOP_H,
+    Feature.TOP_K,
+    Feature.TOP_P,
+    Feature.MIN_P,
+    Feature.TYPICAL_P,
+    Feature.EPSILON_CUTOFF,
+    Feature.ETA_CUTOFF,
+]
 
 
 @triton.jit
@@ -102,28 +104,27 @@ def _entropy(values, width, lo, hi, peak, total, TILE_V: tl.constexpr):
 
 @triton.jit
 def _kth_largest(values, width, lo, hi, k, TILE_V: tl.constexpr):
-    """The k-th largest survivor; -inf if there are fewer."""
+    """The k-th largest survivor; -inf if there are fewer. A radix select: 8 bits of the key per pass."""
     found = tl.full([], 0, tl.uint32)
-    wanted = k
+    known = tl.full([], 0, tl.uint32)  # mask of the key's bits that are found
+    wanted = tl.full([], 0, tl.int32) + k
     bins = tl.arange(0, 256)
-    for level in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * level
+    for level in range(0, 4):
+        shift = (tl.full([], 24, tl.int32) - 8 * level).to(tl.uint32)
         counts = tl.zeros([256], tl.int32)
         for start in range(0, width, TILE_V):
             x = _survivors(values, start, width, lo, hi, TILE_V)
             key = ordered_key(x)
-            live = x > -float("inf")
-            if level > 0:
-                live = live & ((key >> (shift + 8)) == (found >> (shift + 8)))
+            live = (x > -float("inf")) & ((key & known) == found)
             digits = tl.where(live, ((key >> shift) & 255).to(tl.int32), 0)
             counts += tl.histogram(digits, 256) - tl.where(bins == 0, tl.sum((~live).to(tl.int32), 0), 0)
         at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
         digit = tl.max(tl.where(at_least >= wanted, bins, -1), 0)
-        if digit >= 0:
-            wanted -= tl.sum(tl.where(bins > digit, counts, 0), 0)
-            found = found | (digit.to(tl.uint32) << shift)
-        else:
-            wanted = 2147483647 + wanted * 0
+        enough = digit >= 0
+        above = tl.sum(tl.where(bins > digit, counts, 0), 0)
+        wanted = tl.where(enough, wanted - above, 2147483647)
+        found = found | (tl.maximum(digit, 0).to(tl.uint32) << shift)
+        known = known | (tl.full([], 255, tl.uint32) << shift)
     return tl.where(wanted == 2147483647, -float("inf"), value_of_key(found))
 
 
@@ -150,90 +151,68 @@ def _compact(values, width, lo, hi, out_values, out_ids, TILE_V: tl.constexpr):
 
 
 @triton.jit
-def _mass_up_to(values, width, lo, hi, bound, peak, TILE_V: tl.constexpr):
-    mass = 0.0
-    for start in range(0, width, TILE_V):
-        x = _survivors(values, start, width, lo, hi, TILE_V)
-        mass += tl.sum(tl.where(x <= bound, tl.exp(x - peak), 0.0), 0)
-    return mass
-
-
-@triton.jit
-def _top_p(values, width, lo, hi, tail, TILE_V: tl.constexpr):
-    """The smallest survivor whose cumulative probability, from below, exceeds tail."""
-    peak, total = _peak_and_total(values, width, lo, hi, TILE_V)
-    low_key = tl.full([], 0, tl.uint32)
-    high_key = ordered_key(peak)
-    while low_key < high_key:
-        middle = low_key + (high_key - low_key) // 2
-        mass = _mass_up_to(values, width, lo, hi, value_of_key(middle), peak, TILE_V) / total
-        if mass > tail:
-            high_key = middle
-        else:
-            low_key = middle + 1
-    return value_of_key(low_key)
-
-
-@triton.jit
-def _likely(values, width, lo, hi, floor, peak, total, TILE_V: tl.constexpr):
-    """The smallest survivor whose probability is at least floor; the largest if none is."""
-    bound = peak
-    for start in range(0, width, TILE_V):
-        x = _survivors(values, start, width, lo, hi, TILE_V)
-        enough = (x > -float("inf")) & (tl.exp(x - peak) / total >= floor)
-        bound = tl.minimum(bound, tl.min(tl.where(enough, x, float("inf")), 0))
-    return bound
-
-
-@triton.jit
 def _distance(x, peak, log_total, entropy):
     """How far a token's surprise is from the entropy; +inf for dropped ones."""
     return tl.where(x > -float("inf"), tl.abs(peak + log_total - x - entropy), float("inf"))
 
 
 @triton.jit
-def _typical(values, width, lo, hi, mass, keep, TILE_V: tl.constexpr):
-    """Bounds of the tokens nearest to the entropy, until they have `mass`, but at least `keep` of them."""
-    peak, total = _peak_and_total(values, width, lo, hi, TILE_V)
-    entropy = _entropy(values, width, lo, hi, peak, total, TILE_V)
+def _least_rank(values, width, lo, hi, typical, wanted, keep, peak, total, entropy, TILE_V: tl.constexpr):
+    """Of the survivors in order of a rank, the rank at which their probabilities, added up, are enough.
+
+    Typical: the rank is the distance from the entropy, enough is `wanted`, for at least `keep` tokens. Otherwise
+    (top_p): the rank is the score, enough is more than `wanted`. By bisection on the key of the rank.
+    """
     log_total = tl.log(total)
     low_key = tl.full([], 0, tl.uint32)
-    high_key = tl.full([], 0x7F800000, tl.uint32)
+    high_key = ordered_key(tl.where(typical, float("inf"), peak))
     while low_key < high_key:
         middle = low_key + (high_key - low_key) // 2
-        radius = middle.to(tl.float32, bitcast=True)
-        inside_mass = 0.0
+        mass = 0.0
         count = 0
         for start in range(0, width, TILE_V):
             x = _survivors(values, start, width, lo, hi, TILE_V)
-            inside = _distance(x, peak, log_total, entropy) <= radius
-            inside_mass += tl.sum(tl.where(inside, tl.exp(x - peak), 0.0), 0)
+            rank = tl.where(typical, _distance(x, peak, log_total, entropy), x)
+            inside = (ordered_key(rank) <= middle) & (x > -float("inf"))
+            mass += tl.sum(tl.where(inside, tl.exp(x - peak), 0.0), 0)
             count += tl.sum(inside.to(tl.int32), 0)
-        if (inside_mass / total >= mass) & (count >= keep):
-            high_key = middle
-        else:
-            low_key = middle + 1
-    radius = low_key.to(tl.float32, bitcast=True)
-    least = float("inf")
-    greatest = -float("inf")
+        share = mass / total
+        enough = tl.where(typical, (share >= wanted) & (count >= keep), share > wanted)
+        high_key = tl.where(enough, middle, high_key)
+        low_key = tl.where(enough, low_key, middle + 1)
+    return value_of_key(low_key)
+
+
+@triton.jit
+def _bounds(
+    values, width, lo, hi, typical, radius, floor, peak, total, entropy, TILE_V: tl.constexpr
+):  # fmt: skip
+    """Least and greatest of the survivors that are near enough to the entropy (typical) or likely enough.
+
+    The peak is always likely enough.
+    """
+    log_total = tl.log(total)
+    least = tl.where(typical, float("inf"), peak)
+    greatest = tl.where(typical, -float("inf"), peak)
     for start in range(0, width, TILE_V):
         x = _survivors(values, start, width, lo, hi, TILE_V)
-        inside = (x > -float("inf")) & (_distance(x, peak, log_total, entropy) <= radius)
+        near = _distance(x, peak, log_total, entropy) <= radius
+        inside = tl.where(typical, near, tl.exp(x - peak) / total >= floor) & (x > -float("inf"))
         least = tl.minimum(least, tl.min(tl.where(inside, x, float("inf")), 0))
         greatest = tl.maximum(greatest, tl.max(tl.where(inside, x, -float("inf")), 0))
     return least, greatest
 
 
 @triton.jit
-def _top_h(values, count, lo, top_h):
+def _top_h(values, count, hundredth, top_h):
     """The last of the 100 largest, falling, at which the sum of the entropy terms is at most top_h of that of all 100.
 
-    values: at most WINDOW of them, the survivors among which the 100 largest are.
+    values: the `count` that are larger than the hundredth; the others are equal to it.
     """
-    index = tl.arange(0, _WINDOW)
+    index = tl.arange(0, _TOP_H_TILE)
     x = tl.load(values + index, mask=index < count, other=-float("inf"))
-    x = tl.sort(tl.where(x >= lo, x, -float("inf")), descending=True)
-    x = tl.where(index < _TOP_H_CANDIDATES, x, -float("inf"))
+    x = tl.where((index >= count) & (index < _TOP_H_CANDIDATES), hundredth, x)
+    x = tl.sort(x, descending=True)
     peak = tl.max(x, 0)
     log_p = x - peak - tl.log(tl.sum(tl.exp(x - peak), 0))
     terms = tl.where(x > -float("inf"), -log_p * tl.exp(log_p), 0.0)
@@ -242,70 +221,63 @@ def _top_h(values, count, lo, top_h):
 
 
 @triton.jit
-def _at_least(values, width, lo, hi, bound, keep, TILE_V: tl.constexpr):
-    """bound, but no higher than the keep-th largest survivor."""
-    if keep > 1:
-        bound = tl.minimum(bound, _kth_largest(values, width, lo, hi, keep, TILE_V))
-    return bound
+def filter_row(scores, candidates, ids, params, features, vocab_size, peak, TILE_V: tl.constexpr):
+    """(lo, hi, count) of a row of scores over the temperature, the largest of which is `peak`.
 
-
-@triton.jit
-def _after_top_k(values, width, lo, hi, params, features, TILE_V: tl.constexpr):
-    """(lo, hi) after top_p, min_p, typical_p, epsilon and eta."""
-    keep = tl.load(params + _MIN_KEEP)
-    if (features & _TOP_P) != 0:
-        bound = _top_p(values, width, lo, hi, _param(params, _TOP_P_TAIL), TILE_V)
-        lo = tl.maximum(lo, _at_least(values, width, lo, hi, bound, keep, TILE_V))
-    if (features & _MIN_P) != 0:
-        peak, total = _peak_and_total(values, width, lo, hi, TILE_V)
-        floor = _param(params, _MIN_P_VALUE) * (1.0 / total)
-        bound = _likely(values, width, lo, hi, floor, peak, total, TILE_V)
-        lo = tl.maximum(lo, _at_least(values, width, lo, hi, bound, keep, TILE_V))
-    if (features & _TYPICAL) != 0:
-        least, greatest = _typical(values, width, lo, hi, _param(params, _TYPICAL_P), keep, TILE_V)
-        lo = tl.maximum(lo, least)
-        hi = tl.minimum(hi, greatest)
-    if (features & _EPSILON) != 0:
-        peak, total = _peak_and_total(values, width, lo, hi, TILE_V)
-        bound = _likely(values, width, lo, hi, _param(params, _EPSILON_CUTOFF), peak, total, TILE_V)
-        lo = tl.maximum(lo, _at_least(values, width, lo, hi, bound, keep, TILE_V))
-    if (features & _ETA) != 0:
-        peak, total = _peak_and_total(values, width, lo, hi, TILE_V)
-        epsilon = _param(params, _ETA_CUTOFF)
-        entropy = _entropy(values, width, lo, hi, peak, total, TILE_V)
-        floor = tl.minimum(epsilon, tl.sqrt_rn(epsilon) * tl.exp(-entropy))
-        bound = _likely(values, width, lo, hi, floor, peak, total, TILE_V)
-        lo = tl.maximum(lo, _at_least(values, width, lo, hi, bound, keep, TILE_V))
-    return lo, hi
-
-
-@triton.jit
-def filter_row(scores, values, ids, params, features, vocab_size, peak, TILE_V: tl.constexpr):
-    """(lo, hi, width) of a row of scores over the temperature, the largest of which is `peak`.
-
-    width: how many candidates were copied to `values` and `ids`, the survivors among them; -1: none were.
+    count: how many candidates were copied to `candidates` and `ids`, the survivors among them; -1: none were.
+    One loop over the filters, so that each pass over the row is compiled once.
     """
     lo = -float("inf")
     hi = peak
-    width = -1
-    if (features & _ANY) == 0:
-        return lo, hi, width
-    if (features & _TOP_H) != 0:
-        lo = _kth_largest(scores, vocab_size, lo, hi, _TOP_H_CANDIDATES, TILE_V)
-        width = _compact(scores, vocab_size, lo, hi, values, ids, TILE_V)
-        tl.debug_barrier()
-        if width >= 0:
-            lo = tl.maximum(lo, _top_h(values, width, lo, _param(params, _TOP_H_VALUE)))
-        width = -1 + width * 0
-    if (features & _TOP_K) != 0:
-        k = tl.maximum(tl.load(params + _TOP_K_VALUE), tl.load(params + _MIN_KEEP))
-        if k < vocab_size:
-            lo = tl.maximum(lo, _kth_largest(scores, vocab_size, lo, hi, k, TILE_V))
-    if (features & (_TOP_H | _TOP_K)) != 0:
-        width = _compact(scores, vocab_size, lo, hi, values, ids, TILE_V)
-        tl.debug_barrier()
-    if width >= 0:
-        lo, hi = _after_top_k(values, width, lo, hi, params, features, _WINDOW)
-    else:
-        lo, hi = _after_top_k(scores, vocab_size, lo, hi, params, features, TILE_V)
-    return lo, hi, width
+    copied = -1
+    values = scores
+    width = vocab_size
+    keep = tl.load(params + _MIN_KEEP)
+    for number in range(0, _NUM_FILTERS):
+        stage = tl.full([], 0, tl.int32) + number
+        if ((features >> (_FIRST + stage)) & 1) != 0:
+            bound = -float("inf")
+            k = tl.where(stage == _TOP_H, _TOP_H_CANDIDATES, keep)
+            if stage == _TOP_K:
+                k = tl.maximum(tl.load(params + _TOP_K_VALUE), keep)
+            if (stage <= _TOP_K) | (keep > 1):
+                bound = _kth_largest(values, width, lo, hi, k, TILE_V)
+            if stage <= _TOP_K:
+                least = tl.maximum(lo, bound)
+                if stage == _TOP_H:
+                    least = value_of_key(ordered_key(least) + 1)
+                count = _compact(scores, vocab_size, least, hi, candidates, ids, TILE_V)
+                tl.debug_barrier()
+                if stage == _TOP_H:
+                    lo = tl.maximum(lo, _top_h(candidates, count, bound, _param(params, _TOP_H_VALUE)))
+                    tl.debug_barrier()
+                else:
+                    lo = least
+                    if count >= 0:
+                        values = candidates
+                        width = count
+                        copied = count
+            else:
+                top, total = _peak_and_total(values, width, lo, hi, TILE_V)
+                entropy = 0.0
+                if (stage == _TYPICAL) | (stage == _ETA):
+                    entropy = _entropy(values, width, lo, hi, top, total, TILE_V)
+                typical = stage == _TYPICAL
+                rank = 0.0
+                if (stage == _TOP_P) | typical:
+                    wanted = _param(params, tl.where(typical, _TYPICAL_P, _TOP_P_TAIL))
+                    rank = _least_rank(values, width, lo, hi, typical, wanted, keep, top, total, entropy, TILE_V)
+                floor = _param(params, _EPSILON_CUTOFF)
+                if stage == _MIN_P:
+                    floor = _param(params, _MIN_P_VALUE) * tl.math.div_rn(1.0, total)
+                if stage == _ETA:
+                    epsilon = _param(params, _ETA_CUTOFF)
+                    floor = tl.minimum(epsilon, tl.sqrt_rn(epsilon) * tl.exp(-entropy))
+                least, greatest = _bounds(values, width, lo, hi, typical, rank, floor, top, total, entropy, TILE_V)
+                least = tl.where(stage == _TOP_P, rank, least)
+                if (keep > 1) & (stage != _TYPICAL):
+                    least = tl.minimum(least, bound)
+                lo = tl.maximum(lo, least)
+                if typical:
+                    hi = tl.minimum(hi, greatest)
+    return lo, hi, copied

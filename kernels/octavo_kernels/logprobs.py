@@ -21,7 +21,7 @@ from octavo_kernels.workspace import SamplerWorkspace
 
 MAX_TOP: Final = 20
 """Most likely tokens that a row may ask for."""
-TILE: Final = 4096
+TILE: Final = 2048
 
 _NUM_PARAMS = tl.constexpr(NUM_PARAMS)
 _FEATURES = tl.constexpr(int(Param.FEATURES))

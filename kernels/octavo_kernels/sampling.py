@@ -10,8 +10,11 @@ no mask (`filters.py`). With top_k the candidates are copied out once and the re
 argmax(softmax(x) / q) over the interval, q by `philox.py`, the lowest token on ties.
 
 Log
-  one program per row and 4096 columns per tile: a row of 50257 is 201 KB, read from L2 again by each pass. Predicted 3
-  us for greedy rows, ~20 us with top_k 50 (four passes of the radix select, one of compaction). Not measured.
+  one program per row: 50257 columns are 201 KB, which each pass reads from L2 again. Predicted: greedy 3 us, top_k 50
+  ~20 us (four passes of the radix select, one of compaction), top_p over a whole row ~80 us (32 passes). Not measured.
+  filters written one after another, each with passes of its own: 255 registers at 4096 columns a tile, over 10 minutes
+  of compilation for everything inlined. One loop over the filters, each pass once: 255 registers, 56 s. 2048 columns a
+  tile, 8 warps (now): 212 registers, no spills, 16 KB of shared memory, 11 s (sm_90, Triton 3.7).
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from octavo_kernels.state import NUM_PARAMS, Bitmap, Feature, Finish, Param, Slo
 from octavo_kernels.variant import Variant
 from octavo_kernels.workspace import WINDOW, SamplerWorkspace
 
-TILE: Final = 4096
+TILE: Final = 2048
 RESULT_COLUMNS: Final = 4
 
 _FEATURES = tl.constexpr(int(Param.FEATURES))
@@ -220,12 +223,11 @@ def sample_kernel(
         x = process_tile(
             x, index, live, bitmaps, banned, params, features, length, num_words, peak_allowed, RECIPROCAL, False
         )
-        if samples:
-            if temperature != 1.0:
-                if RECIPROCAL:
-                    x = x * tl.math.div_rn(1.0, temperature)
-                else:
-                    x = tl.math.div_rn(x, temperature + tl.zeros([TILE_V], tl.float32))
+        if temperature != 1.0:
+            if RECIPROCAL:
+                x = x * tl.math.div_rn(1.0, temperature)
+            else:
+                x = tl.math.div_rn(x, temperature + tl.zeros([TILE_V], tl.float32))
         if keeps:
             tl.store(scores + index, x, mask=live)
         bad_scores |= tl.max((live & (x != x)).to(tl.int32), 0)
@@ -247,18 +249,18 @@ def sample_kernel(
     hi = float("inf")
     if samples:
         tl.debug_barrier()
-        values = candidate_values_ptr + row * _WINDOW
+        candidates = candidate_values_ptr + row * _WINDOW
         ids = candidate_ids_ptr + row * _WINDOW
-        lo, hi, width = filter_row(scores, values, ids, params, features, vocab_size, best, TILE_V)
+        lo, hi, count = filter_row(scores, candidates, ids, params, features, vocab_size, best, TILE_V)
         tl.debug_barrier()
-        if width >= 0:
-            token, score = _draw(
-                values, ids, width, True, lo, hi, params, length, vocab_size, num_threads, FAST_LOG, _WINDOW
-            )
-        else:
-            token, score = _draw(
-                scores, ids, vocab_size, False, lo, hi, params, length, vocab_size, num_threads, FAST_LOG, TILE_V
-            )
+        values = scores
+        width = vocab_size
+        if count >= 0:
+            values = candidates
+            width = count
+        token, score = _draw(
+            values, ids, width, count >= 0, lo, hi, params, length, vocab_size, num_threads, FAST_LOG, TILE_V
+        )
     tl.store(interval_ptr + row * 2, lo)
     tl.store(interval_ptr + row * 2 + 1, hi)
 

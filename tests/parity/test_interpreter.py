@@ -1,4 +1,4 @@
-"""The device path under Triton's interpreter gives the tokens of the CPU path, greedy and seeded, in a crowded engine."""
+"""The device path under Triton's interpreter gives the tokens of the CPU path: greedy, seeded, in a crowded engine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from parity.cases import Answer, Case, random_cases
 from parity.engine import engine_answers
 from reference.philox import race_noise
 
-VOCAB_SIZE = 300
+VOCAB_SIZE = 97
 EOS = VOCAB_SIZE - 1
-NUM_CASES = 24
+NUM_CASES = 7
 
 
 class PhiloxNoise:
@@ -50,7 +50,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tiny")
     config = GPT2Config(
-        vocab_size=VOCAB_SIZE, n_positions=160, n_embd=64, n_layer=2, n_head=2, bos_token_id=EOS, eos_token_id=EOS
+        vocab_size=VOCAB_SIZE, n_positions=160, n_embd=32, n_layer=1, n_head=1, bos_token_id=EOS, eos_token_id=EOS
     )
     model = GPT2LMHeadModel(config)
     model.transformer.wte.weight.data.mul_(8.0)
@@ -68,8 +68,10 @@ def _in_vocabulary(case: Case) -> Case:
     if "logit_bias" in params:
         params["logit_bias"] = {token % VOCAB_SIZE: bias for token, bias in params["logit_bias"].items()}
     ids = {name: tuple(token % VOCAB_SIZE for token in getattr(case, name)) for name in ("eos", "stop")}
-    prompt = [token % VOCAB_SIZE for token in case.prompt]
-    return dataclasses.replace(case, prompt=prompt, params=params, max_new_tokens=min(case.max_new_tokens, 10), **ids)
+    prompt = [token % VOCAB_SIZE for token in case.prompt[:30]]
+    return dataclasses.replace(
+        case, prompt=prompt, params=params, max_new_tokens=5, num_sequences=min(case.num_sequences, 2), **ids
+    )
 
 
 def answers_of(device: str, path: Path, cases: list[Case], **fields: int | bool) -> tuple[list[Answer], EngineLoad]:
@@ -77,14 +79,14 @@ def answers_of(device: str, path: Path, cases: list[Case], **fields: int | bool)
         model=ModelConfig(path=str(path), name="tiny", device=device, dtype="float32"),
         cache=CacheConfig(
             block_size=int(fields.get("block_size", 16)),
-            num_blocks=int(fields.get("num_blocks", 200)),
+            num_blocks=int(fields.get("num_blocks", 100)),
             enable_prefix_caching=bool(fields.get("prefix_caching", True)),
         ),
         scheduler=SchedulerConfig(
             max_num_requests=16,
             max_num_batched_tokens=128,
             max_chunk_tokens=int(fields.get("chunk", 0)),
-            max_model_len=145,
+            max_model_len=60,
             max_queue_time=3600.0,
         ),
     )
@@ -103,10 +105,9 @@ def expected(path: Path, cases: list[Case]) -> list[Answer]:
     "fields",
     [
         {"block_size": 16},
-        {"block_size": 16, "chunk": 7, "num_blocks": 12, "prefix_caching": False},
-        {"block_size": 32, "chunk": 1, "num_blocks": 7},
+        {"block_size": 16, "chunk": 7, "num_blocks": 5, "prefix_caching": False},
     ],
-    ids=["whole prompts, prefix hits", "chunks of 7, preemption", "chunks of 1, preemption, prefix hits"],
+    ids=["whole prompts, prefix hits", "chunks of 7, preemption"],
 )
 def test_the_device_path_gives_the_tokens_of_the_cpu_path(fields, path, cases, expected):
     answers, load = answers_of("interpreter", path, cases, **fields)
@@ -116,4 +117,4 @@ def test_the_device_path_gives_the_tokens_of_the_cpu_path(fields, path, cases, e
 
 def test_the_expected_tokens_are_not_all_alike(expected):
     tokens = [token for answer in expected for ids in answer.token_ids for token in ids]
-    assert len(np.unique(tokens)) > 60
+    assert len(np.unique(tokens)) > 9

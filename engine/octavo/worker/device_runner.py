@@ -27,7 +27,7 @@ from octavo.step import Int32s, LogprobRows, ModelRunnerOutput, SchedulerOutput
 from octavo.worker.device_logprobs import copy_to_host, logprob_rows
 from octavo.worker.device_states import DeviceStates
 from octavo.worker.gpt2_triton import DeviceBatch, TritonGPT2
-from octavo.worker.input_batch import upload
+from octavo.worker.input_batch import Ints, upload
 from octavo.worker.model_loader import load_model
 from octavo.worker.prompt_logprobs import add_prompt_logprobs
 from octavo.worker.request_states import Int64s, RequestStates
@@ -148,7 +148,7 @@ class DeviceRunner:
         decodes = _num_leading_ones(step.num_scheduled)
         tile_rows, tile_starts = prefill_tiles(starts, decodes)
         pairs = np.array(step.block_copies, np.int32).reshape(-1, 2)
-        arrays = [
+        arrays: list[Ints] = [
             offsets,
             values,
             np.array([len(offsets)], np.int32),
@@ -162,9 +162,9 @@ class DeviceRunner:
             np.ascontiguousarray(pairs[:, 1]),
         ]
         on_device = upload(arrays, self._device)
-        diff, count, row_slots, query_start_loc, indices, sample_slots = on_device[0:2], *on_device[2:7]
+        row_slots, query_start_loc, indices, sample_slots = on_device[3:7]
         if len(offsets):
-            apply_diffs(self._device_states.state, *diff, count)
+            apply_diffs(self._device_states.state, *on_device[:3])
         if len(pairs):
             copy_blocks(self._kv_cache.data, on_device[9], on_device[10])
         inputs = self._inputs.narrow(int(starts[-1]), len(step.slots))

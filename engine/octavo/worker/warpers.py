@@ -147,7 +147,7 @@ def _top_h(scores: Tensor, top_h: Tensor) -> tuple[Tensor, Tensor]:
     best = scores[:, -min(TOP_H_CANDIDATES, scores.shape[1]) :].flip(1)
     distribution = torch.distributions.Categorical(logits=best, validate_args=False)
     terms = -distribution.probs * torch.log(distribution.probs)
-    kept = terms.cumsum(-1) <= distribution.entropy()[:, None] * top_h
+    kept = terms.cumsum(-1) <= _entropy(distribution) * top_h
     kept[:, 0] = True
     lo = torch.where(kept, best, math.inf).amin(-1, keepdim=True)
     return lo, _infinite(lo)
@@ -194,8 +194,14 @@ def _epsilon_cutoff(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
 
 def _eta_cutoff(scores: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
     """EtaLogitsWarper: the cut-off falls with the entropy."""
-    entropy = torch.distributions.Categorical(logits=scores, validate_args=False).entropy()[:, None]
+    entropy = _entropy(torch.distributions.Categorical(logits=scores, validate_args=False))
     return _above(scores, torch.minimum(epsilon, epsilon.sqrt() * torch.exp(-entropy)))
+
+
+def _entropy(distribution: torch.distributions.Categorical) -> Tensor:
+    """[F, 1]"""
+    entropy: Tensor = distribution.entropy()  # type: ignore[no-untyped-call]
+    return entropy[:, None]
 
 
 def _above(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:

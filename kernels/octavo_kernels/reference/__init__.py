@@ -16,17 +16,22 @@ from octavo_kernels.reference.model import (
     linear,
     paged_attention,
 )
+from octavo_kernels.reference.sampling import choose, filter_row, process_row
 
 __all__ = [
     "ATTENTION_WORKSPACE",
+    "add_layer_norm",
     "apply_diffs",
     "apply_history",
     "attention_bytes",
+    "choose",
     "copy_blocks",
     "embed",
+    "filter_row",
     "kv_write",
     "layer_norm",
     "linear",
     "paged_attention",
     "prepare",
+    "process_row",
 ]
