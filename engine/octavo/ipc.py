@@ -38,6 +38,8 @@ class EngineCoreRequest(msgspec.Struct, frozen=True, kw_only=True):
     """That are returned; a beam search has `params.num_beams` rows."""
     prompt_token_ids: bytes
     """int32, little-endian."""
+    negative_prompt_token_ids: bytes = b""
+    """The same, of the second branch of each sequence under guidance; empty without."""
     params: GenerationParams
     """Resolved."""
     max_total_tokens: int

@@ -20,10 +20,11 @@ from octavo.client.results import Collector, Response, shaped
 from octavo.config import CacheConfig, EngineConfig, Limits, ModelConfig, SchedulerConfig, check
 from octavo.engine_core.engine_core import EngineCore, Runner
 from octavo.errors import Code, Reason, RequestError
-from octavo.frontend.input_processor import Arrival, CheckedRequest, InputProcessor, ProcessedRequest
+from octavo.frontend.input_processor import InputProcessor
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.output_processor import OutputProcessor
 from octavo.frontend.request_state import RequestState
+from octavo.frontend.requests import Arrival, CheckedRequest, ProcessedRequest
 from octavo.ipc import AbortCause, AbortSequences, AddRequests, EngineCoreOutputs
 from octavo.server import convert, fields
 from octavo.types import EngineInfo

@@ -62,6 +62,9 @@ class NewRequest:
     """Unsigned 64 bit; drawn by the front-end when the client gave none."""
     logprobs: LogprobSpec | None = None
     prompt_logprobs: int | None = None
+    guides: int = -1
+    """Slot of a guided sequence whose negative branch this is; that comes before this one. Both sample in the same
+    steps, and the tokens of the sequence are also those of its branch, which chooses none. -1: not a branch."""
 
 
 @dataclass(slots=True)

@@ -103,10 +103,7 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to generate. One field per field of the wire's GenerationParams, unset is None.
-
-    Not here yet, because nothing honours it and the validator rejects it by name: negative_prompt.
-    """
+    """How to generate. One field per field of the wire's GenerationParams, unset is None."""
 
     # Length and stopping
     max_new_tokens: int | None = None
@@ -156,6 +153,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     remove_invalid_values: bool | None = None
     renormalize_logits: bool | None = None
     guidance_scale: float | None = None
+    negative_prompt: Prompt | None = None
     watermarking_config: Watermark | None = None
     structured_output: StructuredOutput | None = None
     # The rest
@@ -210,6 +208,8 @@ SUPPORTED_PARAMS: Final[frozenset[str]] = frozenset(
         "exponential_decay_length_penalty",
         "remove_invalid_values",
         "renormalize_logits",
+        "guidance_scale",
+        "negative_prompt",
         "watermarking_config",
         "structured_output",
         "bos_token_id",
@@ -217,7 +217,7 @@ SUPPORTED_PARAMS: Final[frozenset[str]] = frozenset(
     }
 )
 """Fields of GenerationParams that the engine honours. Any other that a request sets is UNSUPPORTED_FIELD, except at
-its neutral value where the wire has one (`guidance_scale` = 1)."""
+its neutral value where the wire has one (`prompt_lookup_num_tokens` = 0)."""
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -376,6 +376,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch."""
     beam_search: bool = True
     """Whether it can honour num_beams above 1."""
+    unsupported_params: list[str] = []
+    """Fields of GenerationParams that front-ends know and it cannot honour."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):

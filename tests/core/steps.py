@@ -70,7 +70,7 @@ class Steps:
         self.entered: list[NewRequest] = []
         """NewRequests of the latest plan."""
         self.key_of: dict[int, int] = {}
-        """Key by occupied slot."""
+        """Key by occupied slot; of a negative branch, minus that of its sequence."""
         self._max_total: dict[int, int] = {}
 
     def add(self, *requests: EngineCoreRequest, frontend: int = 0) -> None:
@@ -85,7 +85,7 @@ class Steps:
         if step is not None:
             self.entered = step.new_requests
             for new in step.new_requests:
-                self.key_of[new.slot] = new.seed + new.row
+                self.key_of[new.slot] = new.seed + new.row if new.guides < 0 else -self.key_of[new.guides]
                 self._max_total[new.slot] = new.max_total_tokens
         return step
 
@@ -101,6 +101,9 @@ class Steps:
         finish = np.zeros(step.num_rows, np.uint8)
         failures = []
         for row, slot in enumerate(step.slots.tolist()):
+            if self.key_of[slot] < 0:
+                tokens[row] = -1
+                continue
             total = int(step.num_computed[row] + step.num_scheduled[row]) + 1
             if step.samples[row] and total == self._max_total[slot]:
                 finish[row] = FinishReason.LENGTH

@@ -12,9 +12,10 @@ from octavo.config import Limits
 from octavo.errors import Reason, RequestError
 from octavo.frontend.beams import num_rows
 from octavo.frontend.defaults import checkpoint_params, resolve_params
-from octavo.frontend.input_processor import InputProcessor, ProcessedRequest
+from octavo.frontend.input_processor import InputProcessor
 from octavo.frontend.output_processor import OutputProcessor
 from octavo.frontend.request_state import RequestState
+from octavo.frontend.requests import ProcessedRequest
 from octavo.ipc import BeamSequence
 from octavo.types import (
     EarlyStopping,

@@ -11,7 +11,8 @@ import pytest
 from frontend.fakes import demo, engine_info, ids_of, request
 from octavo.config import Limits
 from octavo.errors import Reason, RequestError
-from octavo.frontend.input_processor import InputProcessor, ProcessedRequest
+from octavo.frontend.input_processor import InputProcessor
+from octavo.frontend.requests import ProcessedRequest
 from octavo.frontend.validation import UNSUPPORTED_NEUTRAL
 from octavo.types import (
     SUPPORTED_PARAMS,

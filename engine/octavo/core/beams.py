@@ -9,6 +9,9 @@ A preempted search loses all blocks but keeps each row's tokens. When it comes b
 others share as many of its blocks as they have tokens in common, compute the rest, and the search goes on.
 
 Nothing runs ahead here: the tokens of a step have to be known before the next one, so a search in flight pauses.
+
+The two rows of a guided sequence (`core.guidance`) are scheduled here too: they share nothing, so they count as forked
+from the beginning, and both have room for all of their tokens when they are admitted.
 """
 
 from __future__ import annotations
@@ -28,14 +31,14 @@ MakeRoom = Callable[[Plan, Request, int], bool]
 
 
 class BeamScheduler:
-    """Owns the `Request.beams` of the searches that run."""
+    """Owns the `Request.beams` of the searches and guided sequences that run."""
 
     def __init__(self, batch: RunningBatch, kv: KVCacheManager, max_chunk_tokens: int, make_room: MakeRoom) -> None:
         self._batch = batch
         self._kv = kv
         self._max_chunk_tokens = max_chunk_tokens
         self._make_room = make_room
-        self._running: dict[int, Request] = {}  # by group id, in order of admission
+        self._running: dict[tuple[int, int], Request] = {}  # by group id and row, in order of admission
 
     def __bool__(self) -> bool:
         return bool(self._running)
@@ -44,30 +47,33 @@ class BeamScheduler:
         """Whether all rows fit, those after the first beside the blocks that they will share with it."""
         assert request.beams is not None
         rows, kv = request.beams.rows, self._kv
-        length = len(rows[0])
-        others = sum(kv.blocks_for(length) - _num_common(rows[0], row) // kv.block_size for row in rows[1:])
-        return kv.can_admit(shared, length, keep_watermark, others)
+        common = [_num_common(rows[0], row) if request.is_search else 0 for row in rows[1:]]
+        others = sum(kv.blocks_for(len(row)) - n // kv.block_size for row, n in zip(rows[1:], common, strict=True))
+        return kv.can_admit(shared, len(rows[0]), keep_watermark, others)
 
     def admit(self, request: Request, shared: list[int], num_cached: int) -> None:
-        """Gives the rows their slots, and the first one blocks for all of its tokens."""
+        """Gives the rows their slots, and those that are on their own blocks for all of their tokens."""
         beams, kv = request.beams, self._kv
         assert beams is not None
-        beams.forked = False
+        beams.forked = not request.is_search
         beams.unsent.clear()
         beams.slots = [
             self._batch.add(request, 0 if i else num_cached, token_ids) for i, token_ids in enumerate(beams.rows)
         ]
         request.slot = beams.slots[0]
         self._batch.is_beam[beams.slots] = True
+        self._batch.max_total[beams.slots] = beams.max_totals
         kv.admit(request.slot, shared)
         assert kv.allocate_slots(request.slot, len(beams.rows[0])) is not None
         for slot in beams.slots[1:]:
             kv.never_index(slot)
-        self._running[request.group.group_id] = request
+            if beams.forked:
+                assert kv.allocate_slots(slot, int(self._batch.num_tokens[slot])) is not None
+        self._running[request.group.group_id, request.row] = request
 
     def remove(self, request: Request) -> None:
         """The search has ended or was preempted: it is not scheduled any more."""
-        self._running.pop(request.group.group_id, None)
+        self._running.pop((request.group.group_id, request.row), None)
 
     def save(self, request: Request) -> None:
         """Keeps the tokens that are known, before a preempted search loses its slots."""
@@ -99,7 +105,7 @@ class BeamScheduler:
                 self._extend(plan, request, slot, count)
                 plan.beams.append((slot, 1))
             plan.budget -= len(beams.slots)
-            if batch.end_time[request.slot] <= now:
+            if request.is_search and batch.end_time[request.slot] <= now:
                 plan.expired_groups.append(request.group.group_id)
 
     def catch_up(self, plan: Plan) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from octavo.core.guidance import branches
 from octavo.core.kv_cache_manager import KVCacheManager
-from octavo.core.request import Request, RequestStatus
+from octavo.core.request import Request, RequestStatus, is_guided
 from octavo.core.running_batch import RunningBatch
 
 
@@ -40,13 +41,14 @@ def check_invariants(
 
 
 def _check_beams(batch: RunningBatch, kv: KVCacheManager, request: Request) -> None:
-    """Rows of a search go in step, and share the prompt's full blocks."""
+    """Rows of a search go in step, and share the prompt's full blocks; those of a guided sequence share nothing."""
     slots, beams = request.slots, request.beams
     assert beams is not None and len(slots) == request.num_rows == len(set(slots))
     assert all(batch.requests[slot] is request for slot in slots)
+    begun = [len(row) for row in branches(request.spec)] if is_guided(request.spec) else [0] * len(slots)
     for counter in (batch.num_tokens, batch.num_known):
-        assert len(set(counter[slots].tolist())) == 1, "rows of a beam search are of different lengths"
+        assert len(set((counter[slots] - begun).tolist())) == 1, "rows do not go in step"
     assert (batch.num_known[slots] == batch.num_tokens[slots]).all(), "a beam search ran ahead"
-    if beams.forked:
+    if beams.forked and request.is_search:
         shared = (len(request.group.prompt) - 1) // kv.block_size
         assert (kv.block_table[slots, :shared] == kv.block_table[slots[0], :shared]).all(), "the prompt is not shared"

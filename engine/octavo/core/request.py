@@ -1,4 +1,5 @@
-"""A request as the scheduler sees it: one sequence, or a beam search. The sequences of one prompt form a group."""
+"""A request as the scheduler sees it: one sequence (of two rows under guidance), or a beam search. The sequences of
+one prompt form a group."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import hashlib
 
 import numpy as np
 
+from octavo.core.guidance import branches, max_totals
 from octavo.ipc import EngineCoreRequest
 from octavo.step import Int32s
 
@@ -24,6 +26,10 @@ class RequestStatus(enum.Enum):
 
 def is_beam_search(spec: EngineCoreRequest) -> bool:
     return (spec.params.num_beams or 1) > 1
+
+
+def is_guided(spec: EngineCoreRequest) -> bool:
+    return bool(spec.negative_prompt_token_ids)
 
 
 def num_rows(spec: EngineCoreRequest) -> int:
@@ -69,17 +75,19 @@ class Group:
 
 
 class Beams:
-    """The rows of a beam search. Owned by the BeamScheduler."""
+    """The rows of a beam search, or the two of a guided sequence. Owned by the BeamScheduler."""
 
-    __slots__ = ("forked", "rows", "slots", "unsent")
+    __slots__ = ("forked", "max_totals", "rows", "slots", "unsent")
 
-    def __init__(self, prompt: Int32s, num_beams: int) -> None:
-        self.rows: list[Int32s] = [prompt] * num_beams
-        """Each row's prompt and output as of the last time it was not running; equally long."""
+    def __init__(self, rows: list[Int32s], max_totals: list[int]) -> None:
+        self.rows = rows
+        """Each row's prompt and output as of the last time it was not running; equally long in a search."""
+        self.max_totals = max_totals
+        """Most tokens of each row."""
         self.slots: list[int] = []
         """Of each row, the last ones if it does not run."""
         self.forked = False
-        """The rows share the first one's blocks since the last admission."""
+        """Every row is on its own: since a search's rows share the first one's blocks, or from the beginning."""
         self.unsent: set[int] = set()
         """Slots whose block tables the worker does not know yet."""
 
@@ -89,8 +97,8 @@ class Request:
     RunningBatch."""
 
     __slots__ = (
-        "arrival", "beams", "block_hashes", "forks", "frontend", "group", "key", "num_preemptions", "row",
-        "slot", "status", "token_ids",
+        "arrival", "beams", "block_hashes", "forks", "frontend", "group", "is_search", "key", "num_preemptions",
+        "row", "slot", "status", "token_ids",
     )  # fmt: skip
 
     def __init__(self, frontend: int, group: Group, row: int, arrival: int) -> None:
@@ -103,8 +111,9 @@ class Request:
         """Number in order of arrival."""
         self.status = RequestStatus.WAITING
         self.slot = -1
-        """The first row's of a beam search."""
-        self.beams = Beams(group.prompt, group.num_rows) if is_beam_search(group.spec) else None
+        """The first row's, if there are several."""
+        self.is_search = is_beam_search(group.spec)
+        self.beams = _beams_of(group)
         self.forks = False
         """Counts in its group's `num_unforked`."""
         self.token_ids: Int32s = group.prompt
@@ -120,11 +129,11 @@ class Request:
     @property
     def keys(self) -> range:
         """Of the sequences that it answers."""
-        return range(self.key, self.key + (1 if self.beams is None else self.spec.num_sequences))
+        return range(self.key, self.key + (self.spec.num_sequences if self.is_search else 1))
 
     @property
     def num_rows(self) -> int:
-        return 1 if self.beams is None else self.group.num_rows
+        return 1 if self.beams is None else len(self.beams.rows)
 
     @property
     def slots(self) -> list[int]:
@@ -148,3 +157,11 @@ class Request:
             tokens = token_ids[index * block_size : (index + 1) * block_size]
             self.block_hashes.append(hashlib.sha256(parent + tokens.tobytes()).digest())
         return self.block_hashes[:count]
+
+
+def _beams_of(group: Group) -> Beams | None:
+    if is_beam_search(group.spec):
+        return Beams([group.prompt] * group.num_rows, [group.spec.max_total_tokens] * group.num_rows)
+    if is_guided(group.spec):
+        return Beams(branches(group.spec), max_totals(group.spec))
+    return None

@@ -26,12 +26,13 @@ from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.beams import BeamScheduler
 from octavo.core.block_pool import BlockPool
 from octavo.core.groups import PromptShares
+from octavo.core.guidance import follow, negative_branch
 from octavo.core.invariants import check_invariants
 from octavo.core.kv_cache_manager import KVCacheManager
 from octavo.core.load_meter import LoadMeter
 from octavo.core.outputs import Events, StepTokens, prompt_logprob_columns
 from octavo.core.plan import Plan
-from octavo.core.request import Group, Request, RequestStatus
+from octavo.core.request import Group, Request, RequestStatus, is_guided
 from octavo.core.running_batch import RunningBatch
 from octavo.core.waiting_queue import Timers, WaitingQueue
 from octavo.errors import Reason
@@ -94,13 +95,16 @@ class Scheduler:
             if spec.deadline is not None:
                 self._deadlines.add(spec.deadline, member)
         self._queue_timeouts.add(spec.arrival_time + self.config.max_queue_time, members[0])
-        self._hold(group, members[1:])
-        self._waiting.add(members[0])
+        first = members if is_guided(spec) else members[:1]
+        self._hold(group, members[len(first) :])
+        for member in first:
+            self._waiting.add(member)
 
     def _can_ever_fit(self, request: Request) -> bool:
-        """Alone, with rows that have nothing in common but the prompt."""
-        shared = (request.num_tokens - 1) // self.kv.block_size
-        blocks = shared + request.num_rows * (self.kv.blocks_for(request.spec.max_total_tokens - 1) - shared)
+        """Alone, with rows of a search that have nothing in common but the prompt."""
+        longest = [request.spec.max_total_tokens] if request.beams is None else request.beams.max_totals
+        shared = (request.num_tokens - 1) // self.kv.block_size if request.is_search else 0
+        blocks = shared + sum(self.kv.blocks_for(length - 1) - shared for length in longest)
         return blocks <= self.pool.num_blocks and request.num_rows <= self.config.max_num_requests
 
     def _hold(self, group: Group, members: list[Request]) -> None:
@@ -302,7 +306,7 @@ class Scheduler:
         end_time = float(self.batch.end_time[request.slot])
         if request.beams is not None:
             self._beams.save(request)
-        else:
+        if not request.is_search:
             request.token_ids = self.batch.known_tokens(request.slot)
             if end_time < math.inf:  # its timer may have gone off while it ran
                 self._time_limits.add(end_time, request)
@@ -372,8 +376,12 @@ class Scheduler:
         if request.spec.bypass_prefix_cache:
             self.kv.never_index(request.slot)
         self._note_admission(request, num_cached, now)
-        for row, slot in enumerate(request.slots):
-            plan.new_requests.append(self._new_request(request, slot, row, 0 if row else num_cached, forked=row > 0))
+        plan.new_requests.append(self._new_request(request, request.slot, request.row, num_cached, forked=False))
+        for row, slot in enumerate(request.slots[1:], 1):
+            if request.is_search:
+                plan.new_requests.append(self._new_request(request, slot, row, 0, forked=True))
+            else:
+                plan.new_requests.append(negative_branch(request, np.array(self.kv.blocks_of(slot), np.int32)))
         self._beams.take_step(plan, request, now)  # if nothing of the prompt is left but its last token
         self._beams.compute_rows(plan, request)
         return True
@@ -387,7 +395,7 @@ class Scheduler:
             self.meter.total.cache_hits += num_cached
         if spec.params.max_time is not None:
             self.batch.limit_time(request.slot, group.start_time + spec.params.max_time)
-            if request.num_tokens == len(group.prompt) and request.beams is None:
+            if request.num_tokens == len(group.prompt) and not request.is_search:
                 self._time_limits.add(group.start_time + spec.params.max_time, request)
 
     def _new_request(self, request: Request, slot: int, row: int, num_computed: int, *, forked: bool) -> NewRequest:
@@ -398,7 +406,7 @@ class Scheduler:
             group_id=group.group_id,
             row=row,
             num_rows=group.num_rows,
-            token_ids=request.token_ids if request.beams is None else request.beams.rows[row],
+            token_ids=request.beams.rows[row] if request.beams and request.is_search else request.token_ids,
             prompt_len=len(group.prompt),
             num_computed_tokens=num_computed,
             block_ids=self.kv.block_table[slot, : self.kv.num_blocks[slot]].copy(),
@@ -464,6 +472,7 @@ class Scheduler:
                 self._fail(batch.request_at(int(slots[row])), reason, forget=True)
         rows = np.flatnonzero(step.samples & (output.token_ids >= 0) & batch.live[slots]).astype(np.int32)
         tokens = self._append_tokens(step, output, rows, now)
+        follow(batch, slots[rows])
         self._announce(slots[rows])
         for values in output.prompt_logprobs:
             self._send_prompt_logprobs(batch.requests[int(slots[values.row])], values)

@@ -20,11 +20,12 @@ from octavo.frontend.admission import Admission
 from octavo.frontend.beams import num_rows
 from octavo.frontend.client import EngineCoreClient
 from octavo.frontend.failures import failure
-from octavo.frontend.input_processor import Arrival, CheckedRequest, InputProcessor, ProcessedRequest
+from octavo.frontend.input_processor import InputProcessor
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.output_processor import OutputProcessor
 from octavo.frontend.request_handle import RequestHandle
 from octavo.frontend.request_state import RequestState
+from octavo.frontend.requests import Arrival, CheckedRequest, ProcessedRequest
 from octavo.frontend.structured import COMPILE_SECONDS, too_slow
 from octavo.frontend.validation import Violations
 from octavo.ipc import AbortCause, EngineCoreOutputs, LoadReport, ToFrontend

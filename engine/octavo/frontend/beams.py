@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from octavo.errors import FieldViolation, Reason, RequestError
+from octavo.frontend.guidance import is_guided
 from octavo.frontend.validation import Violations
 from octavo.types import EarlyStopping, EngineInfo, GenerationParams, OutputOptions
 
@@ -10,8 +11,8 @@ NEEDS_BEAMS = "has no effect without num_beams above 1"
 
 
 def num_rows(params: GenerationParams) -> int:
-    """Sequences that a prompt decodes at once, of resolved parameters."""
-    return max(params.num_return_sequences or 1, params.num_beams or 1)
+    """Rows that a prompt decodes at once, of resolved parameters."""
+    return max(params.num_return_sequences or 1, params.num_beams or 1) * (2 if is_guided(params) else 1)
 
 
 def is_beam_search(params: GenerationParams) -> bool:
@@ -31,7 +32,7 @@ def check_beams(
     sequences, beams = resolved.num_return_sequences or 1, resolved.num_beams
     if sequences > (beams or 1):
         violations.add("params.num_return_sequences", f"must be at most num_beams {beams}, not {sequences}")
-    if resolved.guidance_scale not in (None, 1):
+    if is_guided(resolved):
         violations.add("params.guidance_scale", "excludes num_beams above 1")
     if resolved.prompt_lookup_num_tokens:
         violations.add("params.prompt_lookup_num_tokens", "excludes num_beams above 1")

@@ -54,6 +54,7 @@ GLOBAL_DEFAULTS: Final = GenerationParams(
     presence_penalty=0.0,
     remove_invalid_values=False,
     renormalize_logits=False,
+    guidance_scale=1.0,
     token_healing=False,
 )
 """transformers 5.23's, for the fields that we support; lengths depend on the prompt and are resolved with it."""
@@ -73,6 +74,7 @@ _EXTENSIONS: Final = frozenset(
         "logit_bias",
         "bad_words",
         "allowed_token_ids",
+        "negative_prompt",
         "structured_output",
     }
 )

@@ -11,13 +11,11 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from octavo.frontend.requests import CheckedRequest
 from octavo.tokenizer import Tokenizer
 from octavo.types import PromptOptions
-
-if TYPE_CHECKING:
-    from octavo.frontend.input_processor import CheckedRequest
 
 EXTENSION_BIAS: Final = 10.0
 SAME_BIAS: Final = 11.0
@@ -52,8 +50,8 @@ class Healing:
     """With the prompts that it was sent with."""
     plans: list[HealingPlan]
     """One per prompt."""
-    words: list[list[int]]
-    """Ids of the request's `words`."""
+    others: list[list[int]]
+    """Ids of the request's `words` and `negative_texts`."""
 
 
 class TokenHealer:

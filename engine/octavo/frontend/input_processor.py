@@ -10,20 +10,29 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 
 from octavo.config import Limits
 from octavo.errors import Reason, RequestError
-from octavo.frontend.beams import check_engine_can_search, is_beam_search, num_rows
-from octavo.frontend.defaults import complete, resolve_output, resolve_params, resolve_prompt_options
+from octavo.frontend.beams import check_engine_can_search, is_beam_search
+from octavo.frontend.defaults import GLOBAL_DEFAULTS, complete, resolve_output, resolve_params, resolve_prompt_options
+from octavo.frontend.guidance import check_branches, check_engine_can_guide, is_guided
 from octavo.frontend.healing import Healing, TokenHealer
 from octavo.frontend.lengths import Context, LengthProblems, Lengths, resolve_lengths, truncate
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.param_checks import END_AS_BAD_WORD, end_token_ids
 from octavo.frontend.request_checks import RequestChecker
+from octavo.frontend.requests import (
+    Arrival,
+    CheckedRequest,
+    ProcessedPrompt,
+    ProcessedRequest,
+    bytes_per_token,
+    processed_request,
+)
 from octavo.frontend.structured import ConstraintCompiler
 from octavo.frontend.validation import Violations, check_token_ids
 from octavo.ipc import EngineCoreRequest
@@ -40,92 +49,6 @@ from octavo.types import (
     PromptOptions,
     ResolvedOptions,
 )
-
-
-class ProcessedPrompt(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt, ready for the core."""
-
-    index: int
-    """Position in the request."""
-    token_ids: list[int]
-    """After truncation."""
-    text: str | None
-    """What stands before the generated text: the prompt with include_prompt, what token healing added without."""
-    seed: int | None
-    """None when nothing is sampled."""
-    core_request: EngineCoreRequest
-
-    @property
-    def keys(self) -> range:
-        return range(self.core_request.key, self.core_request.key + self.core_request.num_sequences)
-
-
-class ProcessedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that passed all checks."""
-
-    request_id: str
-    """The client's, or one made up."""
-    tenant: str
-    prompts: list[ProcessedPrompt]
-    params: GenerationParams
-    """Resolved, but for lengths that differ by prompt."""
-    output: OutputOptions
-    """Resolved."""
-    resolved: ResolvedOptions | None
-    """Set if the request asked for it."""
-    arrival_time: float
-    deadline: float | None
-    deadline_is_client: bool
-
-    @property
-    def core_requests(self) -> list[EngineCoreRequest]:
-        return [prompt.core_request for prompt in self.prompts]
-
-    @property
-    def num_sequences(self) -> int:
-        """That are returned."""
-        return len(self.prompts) * self.prompts[0].core_request.num_sequences
-
-    @property
-    def num_rows(self) -> int:
-        """Sequences that run at once: a beam search has more than it returns."""
-        return len(self.prompts) * num_rows(self.params)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return sum(len(prompt.token_ids) for prompt in self.prompts)
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """When a request came, from whom, and until when it may take. Monotonic seconds."""
-
-    time: float
-    tenant: str = ""
-    deadline: float | None = None
-    deadline_is_client: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedRequest:
-    """A request that is sound as far as can be told without tokens."""
-
-    request: GenerateRequest
-    params: GenerationParams
-    output: OutputOptions
-    prompt_options: PromptOptions
-    extensions: list[str] | None = None
-    """What token healing added to the text of each prompt."""
-
-    @property
-    def texts(self) -> list[str]:
-        """What is to be tokenized; empty texts are not."""
-        return [prompt.text for prompt in self.request.prompts if prompt.text]
-
-    @property
-    def words(self) -> list[str]:
-        """Bad words: each as written, then with a space in front."""
-        return [text for word in self.params.bad_words for text in (word, " " + word)]
 
 
 class InputProcessor:
@@ -183,9 +106,12 @@ class InputProcessor:
             raise RequestError(Reason.INTERNAL, "the prompt could not be tokenized") from error
 
     def tokenize_all(self, checked: CheckedRequest) -> list[list[int]]:
-        """Ids of `checked.texts`, then of `checked.words`. May run in any thread; raises as `tokenize`."""
-        plain = msgspec.structs.replace(checked.prompt_options, add_special_tokens=False)
-        return self.tokenize(checked.texts, checked.prompt_options) + self.tokenize(checked.words, plain)
+        """Ids of `checked.texts`, `checked.words` and `checked.negative_texts`. May run in any thread; raises as
+        `tokenize`."""
+        options = checked.prompt_options
+        plain = msgspec.structs.replace(options, add_special_tokens=False)
+        words = self.tokenize(checked.words, plain)
+        return self.tokenize(checked.texts, options) + words + self.tokenize(checked.negative_texts, options)
 
     def is_compiled(self, checked: CheckedRequest) -> bool:
         """Whether `compile` has nothing to do."""
@@ -209,10 +135,17 @@ class InputProcessor:
     ) -> ProcessedRequest:
         """`token_ids`: from `tokenize_all`. Raises RequestError: CONTEXT_LENGTH_EXCEEDED, INVALID_FIELD,
         REQUEST_TOO_LARGE, RESPONSE_TOO_LARGE."""
-        for_core = self._with_bad_words(checked, token_ids[len(checked.texts) :])
+        first_word, end = len(checked.texts), len(checked.texts) + len(checked.words)
+        for_core = self._with_bad_words(checked, token_ids[first_word:end])
         prompts, lengths = self._prompts_and_lengths(checked, token_ids)
+        negatives = self._negatives(checked, prompts, token_ids[end:]) if is_guided(checked.params) else None
+        if negatives is not None:
+            check_branches(prompts, lengths, negatives, self._context)
         if info is not None:
+            _check_params_of_engine(checked.params, info)
             self._check_fits_cache(lengths, info)
+            if negatives is not None:
+                check_engine_can_guide(prompts, lengths, negatives, info)
             if is_beam_search(checked.params):
                 pairs = [(len(ids), length.total) for ids, length in zip(prompts, lengths, strict=True)]
                 check_engine_can_search(checked.params, pairs, info)
@@ -222,11 +155,14 @@ class InputProcessor:
         for i, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
             seed = self._seed(checked.params)
             core_request = self._core_request(for_core, ids, length, seed or 0, arrival)
+            if negatives is not None:
+                negative = np.asarray(negatives[i], dtype="<i4").tobytes()
+                core_request = msgspec.structs.replace(core_request, negative_prompt_token_ids=negative)
             text = None if checked.extensions is None else checked.extensions[i]
             text = self._prompt_text(checked, i) if checked.output.include_prompt else text
             processed.append(ProcessedPrompt(index=i, token_ids=ids, text=text, seed=seed, core_request=core_request))
         resolved = self._resolved(checked, prompts, lengths) if checked.output.return_resolved_options else None
-        return _processed(checked, processed, arrival, resolved)
+        return processed_request(checked, processed, arrival, resolved)
 
     def plan_healing(self, checked: CheckedRequest, token_ids: list[list[int]], info: EngineInfo | None) -> Healing:
         """What token_healing means for the prompts. `token_ids`: from `tokenize_all`. May run in any thread.
@@ -252,13 +188,18 @@ class InputProcessor:
             if not plan.candidates:
                 continue
             own = GenerationParams(
-                max_new_tokens=1, do_sample=False, num_return_sequences=1, num_beams=1, logit_bias=plan.biases
+                max_new_tokens=1,
+                do_sample=False,
+                num_return_sequences=1,
+                num_beams=1,
+                guidance_scale=1.0,
+                logit_bias=plan.biases,
             )
             step = replace(step, params=resolve_params(own, self._model.checkpoint_params))
             ids = plan.token_ids[:-1]
             core_request = self._core_request(step, ids, Lengths(len(ids) + 1, False), 0, arrival)
             prompts.append(ProcessedPrompt(index=index, token_ids=ids, text=None, seed=None, core_request=core_request))
-        return _processed(step, prompts, arrival, None) if prompts else None
+        return processed_request(step, prompts, arrival, None) if prompts else None
 
     def healed(self, healing: Healing, chosen: dict[int, int]) -> tuple[CheckedRequest, list[list[int]]]:
         """What `finish` takes: the request with healed prompts. `chosen`: by prompt, the tokens of
@@ -266,7 +207,7 @@ class InputProcessor:
         healed = [plan.healed(chosen.get(i)) for i, plan in enumerate(healing.plans)]
         extensions = [self._healer.extension(plan, ids) for plan, ids in zip(healing.plans, healed, strict=True)]
         request = msgspec.structs.replace(healing.checked.request, prompts=[Prompt(token_ids=ids) for ids in healed])
-        return replace(healing.checked, request=request, extensions=extensions), healing.words
+        return replace(healing.checked, request=request, extensions=extensions), healing.others
 
     def check_texts(self, texts: list[str]) -> None:
         """Of a TokenizeRequest. Raises RequestError."""
@@ -325,6 +266,16 @@ class InputProcessor:
             lengths.append(resolve_lengths(problems, i, path, len(ids), checked.params, self._context))
         problems.raise_if_any()
         return prompts, lengths
+
+    def _negatives(
+        self, checked: CheckedRequest, prompts: list[list[int]], token_ids: list[list[int]]
+    ) -> list[list[int]]:
+        """What each prompt's negative branch begins with. `token_ids`: of `checked.negative_texts`."""
+        negative, bos = checked.params.negative_prompt, checked.params.bos_token_id
+        if negative is None:
+            return [ids[-1:] for ids in prompts]
+        ids = negative.token_ids if negative.token_ids is not None else token_ids[0] if token_ids else []
+        return [ids or ([] if bos is None else [bos])] * len(prompts)
 
     def _check_fits_cache(self, lengths: list[Lengths], info: EngineInfo) -> None:
         capacity = info.num_blocks * info.block_size
@@ -424,26 +375,10 @@ class InputProcessor:
         )
 
 
-def _processed(
-    checked: CheckedRequest, prompts: list[ProcessedPrompt], arrival: Arrival, resolved: ResolvedOptions | None
-) -> ProcessedRequest:
-    return ProcessedRequest(
-        request_id=checked.request.request_id or f"req-{secrets.token_hex(8)}",
-        tenant=arrival.tenant,
-        prompts=prompts,
-        params=checked.params,
-        output=checked.output,
-        resolved=resolved,
-        arrival_time=arrival.time,
-        deadline=arrival.deadline,
-        deadline_is_client=arrival.deadline_is_client,
-    )
-
-
-def bytes_per_token(output: OutputOptions) -> int:
-    """Of an answer on the wire, estimated: text 8, id 3, and 6 + 7 N for N logprobs."""
-    size = 8 if output.return_text else 0
-    size += 3 if output.return_token_ids else 0
-    if output.logprobs is not None:
-        size += 6 + 7 * output.logprobs + 4 * len(output.logprob_token_ids)
-    return size
+def _check_params_of_engine(params: GenerationParams, info: EngineInfo) -> None:
+    """Raises RequestError (UNSUPPORTED_FIELD)."""
+    violations = Violations()
+    for name in info.unsupported_params:
+        if getattr(params, name) not in (None, getattr(GLOBAL_DEFAULTS, name)):
+            violations.add_unsupported(f"params.{name}", f"not implemented yet on {info.device}, only on the CPU")
+    violations.raise_if_any()

@@ -12,8 +12,8 @@ import numpy as np
 from octavo.errors import Reason, RequestError
 from octavo.frontend.detokenizer import StopMatch
 from octavo.frontend.failures import failure
-from octavo.frontend.input_processor import ProcessedRequest
 from octavo.frontend.request_state import PromptState, RequestState, SequenceState
+from octavo.frontend.requests import ProcessedRequest
 from octavo.ipc import BeamSequence, EngineCoreOutputs, LogprobColumns, PromptLogprobColumns, PromptStarted
 from octavo.tokenizer import Tokenizer
 from octavo.types import FinishInfo, FinishReason, Logprobs

@@ -8,6 +8,7 @@ from octavo.config import Limits
 from octavo.errors import Reason, RequestError
 from octavo.frontend.beams import check_beams, is_beam_search, num_rows
 from octavo.frontend.defaults import DEFAULT_NEW_TOKENS, resolve_params
+from octavo.frontend.guidance import check_guidance
 from octavo.frontend.model import FrontendModel
 from octavo.frontend.param_checks import ParamChecker, check_bools, check_token_rules
 from octavo.frontend.structured import check_structured_output, check_with_structured_output
@@ -63,6 +64,11 @@ class RequestChecker:
         if params.structured_output is not None:
             check_structured_output(violations, params.structured_output, self._limits)
             check_with_structured_output(violations, params)
+        if request.params.negative_prompt is not None:
+            self._check_prompt(
+                violations, "params.negative_prompt", request.params.negative_prompt, request.params, False
+            )
+        check_guidance(violations, params)
         if "num_beams" not in wrong:
             check_beams(violations, request.params, params, request.output)
         if not wrong:

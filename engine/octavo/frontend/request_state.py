@@ -10,7 +10,7 @@ from math import inf
 
 from octavo.errors import RequestError
 from octavo.frontend.detokenizer import Detokenizer, StopMatcher
-from octavo.frontend.input_processor import ProcessedPrompt, ProcessedRequest, bytes_per_token
+from octavo.frontend.requests import ProcessedPrompt, ProcessedRequest, bytes_per_token
 from octavo.tokenizer import Tokenizer
 from octavo.types import (
     FinishInfo,

@@ -105,6 +105,7 @@ def param_ranges(limits: Limits, vocab_size: int) -> dict[str, Range]:
         "num_return_sequences": Range(1, limits.max_num_return_sequences, integer=True),
         "num_beams": Range(1, limits.max_num_beams, integer=True),
         "length_penalty": FINITE,
+        "guidance_scale": FINITE,
         "repetition_penalty": Range(0, low_open=True),
         "encoder_repetition_penalty": Range(0, low_open=True),
         "no_repeat_ngram_size": Range(0, integer=True),

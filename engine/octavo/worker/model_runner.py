@@ -15,6 +15,7 @@ from octavo.step import Int32s, ModelRunnerOutput, SchedulerOutput
 from octavo.worker.beams import Beams, is_beam_search
 from octavo.worker.constraints import Constraints
 from octavo.worker.gpt2 import GPT2
+from octavo.worker.guidance import guide
 from octavo.worker.input_batch import InputBatchBuilder
 from octavo.worker.model_loader import load_model
 from octavo.worker.noise import Noise
@@ -139,8 +140,11 @@ class ModelRunner:
 
     def _choose(self, logits: Tensor, slots: Int32s, rows: Int64s, output: ModelRunnerOutput) -> None:
         """Samples the rows [S] of a step and appends the tokens to their requests."""
-        states = self._states
-        chosen = self._sampler.sample(logits, slots[rows])
+        states, guided = self._states, None
+        if states.is_negative[slots[rows]].any():
+            kept, guided = guide(logits, slots[rows], states)
+            logits, rows = logits[torch.from_numpy(kept).to(logits.device)], rows[kept]
+        chosen = self._sampler.sample(logits, slots[rows], guided)
         if chosen.failed:
             failed = [(int(rows[i]), reason) for i, reason in chosen.failed]
             states.fail(slots[[row for row, _ in failed]])

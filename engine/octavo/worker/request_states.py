@@ -50,6 +50,7 @@ class SamplingParamArrays:
         """1 / the parameter, divided in double: the divisor of positive scores."""
         self.frequency_penalty = np.zeros(num_slots, np.float32)
         self.presence_penalty = np.zeros(num_slots, np.float32)
+        self.guidance_scale = np.ones(num_slots, np.float32)
         self.min_total_tokens = np.zeros(num_slots, np.int32)
         """EOS and stop ids are banned while the sequence is shorter than this."""
 
@@ -70,6 +71,7 @@ class SamplingParamArrays:
         self.encoder_repetition_penalty[slot] = 1.0 / _or(params.encoder_repetition_penalty, 1.0)
         self.frequency_penalty[slot] = _or(params.frequency_penalty, 0.0)
         self.presence_penalty[slot] = _or(params.presence_penalty, 0.0)
+        self.guidance_scale[slot] = _or(params.guidance_scale, 1.0)
         if params.min_new_tokens is not None:  # as in transformers, it overrides min_length
             self.min_total_tokens[slot] = request.prompt_len + params.min_new_tokens
         else:
@@ -119,6 +121,9 @@ class RequestStates:
         """FinishReason or FAILED of a request that ended and whose slot is not yet freed: its rows are muted."""
         self.group_id = np.full(rows, -1, np.int64)
         self.group_row = np.zeros(rows, np.int32)
+        self.negative_slot = np.full(rows, -1, np.int32)
+        """Of a guided sequence, the slot of its negative branch."""
+        self.is_negative = np.zeros(rows, np.bool_)
         self.sampling = SamplingParamArrays(rows)
         self.eos_ids = np.full((rows, 1), -1, np.int32)
         """[S + 1, E] EOS ids, padded with -1; like `stop_ids` it widens as requests need."""
@@ -146,6 +151,8 @@ class RequestStates:
         self.length[slot] = 0
         self.finished[slot] = 0
         self.group_id[slot] = -1
+        self.negative_slot[slot] = -1
+        self.is_negative[slot] = False
         self.sampling.features[slot] = 0
         for table in (self.lists, self.params, self.logprobs, self.prompt_logprobs):
             table.pop(slot, None)
@@ -165,6 +172,9 @@ class RequestStates:
         self.max_total_tokens[slot] = request.max_total_tokens
         self.group_id[slot] = request.group_id
         self.group_row[slot] = request.row
+        if request.guides >= 0:
+            self.is_negative[slot] = True
+            self.negative_slot[request.guides] = slot
         self.sampling.set(request, self.vocab_size)
         self.eos_ids = _set_padded(self.eos_ids, slot, request.eos_token_ids)
         self.stop_ids = _set_padded(self.stop_ids, slot, request.stop_token_ids)
@@ -209,7 +219,15 @@ class RequestStates:
         finish[_contains(self.stop_ids[slots], token_ids)] = FinishReason.STOP_TOKEN
         finish[_contains(self.eos_ids[slots], token_ids)] = FinishReason.EOS
         self.finished[slots] = finish
+        followers = self.negative_slot[slots]
+        if (followers >= 0).any():
+            self._follow(followers[followers >= 0], token_ids[followers >= 0])
         return finish
+
+    def _follow(self, slots: Int32s, token_ids: Int32s) -> None:
+        """Negative branches get the tokens of their sequences."""
+        self.hist[slots, self.length[slots]] = token_ids
+        self.length[slots] += 1
 
     def advance_beams(self, slots: Int32s, parents: Int32s, token_ids: Int32s, *, ended: bool) -> None:
         """Rows of a beam search: each takes over what its parent (an index into `slots`) has, with one more token."""

@@ -20,6 +20,7 @@ from octavo.errors import Reason
 from octavo.step import Bools, Int32s, LogprobRows
 from octavo.worker.constraints import ConstraintError
 from octavo.worker.features import FILTERS, PROCESSORS, RANKED, WATERMARK, Feature
+from octavo.worker.guidance import Guided
 from octavo.worker.logits import process_logits
 from octavo.worker.logprobs import RAW, gather_logprobs, join_logprob_rows
 from octavo.worker.noise import Noise
@@ -48,25 +49,29 @@ class Sampler:
         self._states = states
         self._noise = noise
 
-    def sample(self, logits: Tensor, slots: Int32s) -> SamplerOutput:
+    def sample(self, logits: Tensor, slots: Int32s, guided: Guided | None = None) -> SamplerOutput:
         """Chooses one token for each row. A row whose computation raises fails alone, with INTERNAL.
 
         Args:
             logits: [S, V] in the model's dtype; not changed.
             slots: int32 [S] the rows' requests.
+            guided: what some rows choose from instead of their logits.
 
         Raises:
             torch.AcceleratorError: the device is at fault, not a row.
         """
         try:
-            return self._sample(logits, slots)
+            return self._sample(logits, slots, guided)
         except torch.AcceleratorError:
             raise
         except ConstraintError:
             pass
         except Exception:
             log.exception("sampling %d rows together failed; each is tried alone", len(slots))
-        parts = [self._sample_alone(logits[row : row + 1], slots[row : row + 1]) for row in range(len(slots))]
+        parts = [
+            self._sample_alone(logits[row : row + 1], slots[row : row + 1], guided and guided.alone(row))
+            for row in range(len(slots))
+        ]
         for row, part in enumerate(parts):
             part.failed = [(row, reason) for _, reason in part.failed]
             if part.logprobs is not None:
@@ -78,10 +83,10 @@ class Sampler:
             [failure for part in parts for failure in part.failed],
         )
 
-    def _sample_alone(self, logits: Tensor, slots: Int32s) -> SamplerOutput:
+    def _sample_alone(self, logits: Tensor, slots: Int32s, guided: Guided | None) -> SamplerOutput:
         """As `_sample`, of one row that fails if it raises."""
         try:
-            return self._sample(logits, slots)
+            return self._sample(logits, slots, guided)
         except torch.AcceleratorError:
             raise
         except ConstraintError:
@@ -90,13 +95,16 @@ class Sampler:
             log.exception("sampling for slot %d failed; its request fails with it", slots[0])
             return SamplerOutput(np.full(1, -1, np.int32), failed=[(0, Reason.INTERNAL)])
 
-    def _sample(self, logits: Tensor, slots: Int32s) -> SamplerOutput:
+    def _sample(self, logits: Tensor, slots: Int32s, guided: Guided | None) -> SamplerOutput:
         """Changes nothing but the random streams, which may be asked for the same step again."""
         features = self._states.sampling.features[slots]
         used = int(np.bitwise_or.reduce(features))
         scores = logits.float()
+        if scores is logits and (used & PROCESSORS or guided is not None):
+            scores = scores.clone()
+        if guided is not None:
+            scores[torch.from_numpy(guided.rows).to(scores.device)] = guided.scores
         if used & PROCESSORS:
-            scores = scores.clone() if scores is logits else scores
             process_logits(scores, slots, features, used, self._states)
         token_ids, best = _argmax(scores)
         failed = self._failures(logits, best, slots, features)
