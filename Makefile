@@ -11,7 +11,7 @@ VENV := .venv/prepared
 PROTOC := .cache/protoc/prepared
 PROTO_FILES := $(wildcard proto/octavo_proto/v1/*.proto)
 
-.PHONY: help demo test test-slow check fix proto proto-fresh setup clean
+.PHONY: help demo test test-slow test-kernels check check-kernels fix proto proto-fresh setup clean
 
 help:
 	@echo "make demo    start the server on the bundled model, stream a completion, serve 32 requests at once, stop"
@@ -20,6 +20,8 @@ help:
 	@echo "make fix     what lint and format can repair by themselves"
 	@echo "make proto   generate the code of proto/ anew"
 	@echo "make setup   prepare .venv only; the other targets do it when it is missing or out of date"
+	@echo "make test-kernels    the kernels only, against their specification: in Triton's interpreter, or on the GPU"
+	@echo "make check-kernels   compiles every kernel for three generations of GPUs, without one: registers, spills, loads"
 	@echo "make test-slow, make clean"
 
 demo: $(VENV)
@@ -30,6 +32,12 @@ test: $(VENV)
 
 test-slow: $(VENV)
 	@$(BIN)/python -m pytest -ra -m slow --hypothesis-profile=ci
+
+test-kernels: $(VENV)
+	@$(BIN)/python -m pytest -q tests/kernels --hypothesis-profile=ci
+
+check-kernels: $(VENV)
+	@$(BIN)/python -m octavo_kernels.compile_check
 
 check: $(VENV) proto-fresh
 	@$(BIN)/ruff check --quiet .
