@@ -231,7 +231,7 @@ def _first_word(state: SlotState, part: str) -> int:
 
 
 def _bits(value: float) -> int:
-    return int(np.array(value, np.float32).view(np.int32))
+    return int(np.array([value], np.float32).view(np.int32)[0])
 
 
 def _or(value: float | None, default: float) -> float:
