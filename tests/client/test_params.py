@@ -315,6 +315,11 @@ def test_bad_prompts_are_refused(prompts: Any, error: type[Exception]) -> None:
         build(prompts, {})
 
 
+@pytest.mark.parametrize("name", ["inputs", "input_ids", "text_inputs"])
+def test_prompts_may_be_given_by_every_name_of_transformers(name: str) -> None:
+    assert list(build(None, {name: [[1, 2]]}).message.prompts[0].token_ids.ids) == [1, 2]
+
+
 def test_prefix_is_refused_before_token_ids() -> None:
     with pytest.raises(ValueError, match="prefix"):
         build([1, 2], {"prefix": "a"})

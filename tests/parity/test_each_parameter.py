@@ -144,6 +144,20 @@ def watermark(settings: dict[str, Any]) -> Any:
     return (SynthIDTextWatermarkingConfig if "ngram_len" in settings else WatermarkingConfig)(**settings)
 
 
+def generate(prompt: list[int], settings: Settings) -> Any:
+    row = torch.tensor([prompt])
+    torch.manual_seed(SEED)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        return model().generate(
+            row,
+            attention_mask=torch.ones_like(row),
+            pad_token_id=EOS,
+            return_dict_in_generate="output_scores" in settings,
+            **settings,
+        )
+
+
 @functools.cache
 def theirs(keywords: str, prompt: tuple[int, ...]) -> list[list[int]]:
     """generate() alone, seeded; `keywords` as repr."""
@@ -156,11 +170,7 @@ def theirs(keywords: str, prompt: tuple[int, ...]) -> list[list[int]]:
         settings["watermarking_config"] = watermark(settings["watermarking_config"])
     if "stop_strings" in settings:
         settings["tokenizer"] = tokenizer()
-    row = torch.tensor([prompt])
-    torch.manual_seed(SEED)
-    with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")
-        rows = model().generate(row, attention_mask=torch.ones_like(row), pad_token_id=EOS, **settings)
+    rows = generate(list(prompt), settings)
     found = []
     for ids in rows[:, len(prompt) :].tolist():
         end = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
@@ -180,3 +190,65 @@ def test_parameter_alone_gives_the_tokens_of_generate(name: str, index: int, our
             without = LONG
         plain = [theirs(repr(longest(without, prompt)), tuple(prompt)) for prompt in prompts()]
         assert expected != plain, "the setting has no effect on any of the prompts"
+
+
+ALIKE: dict[str, tuple[Settings, Settings]] = {
+    "stop_token_ids": ({"stop_token_ids": [11, 13]}, {"eos_token_id": [EOS, 11, 13]}),
+    "ignore_eos": ({"ignore_eos": True, "logit_bias": {EOS: 20}}, PARAMETERS["eos_token_id"][2]),
+    "logit_bias": ({"logit_bias": {11: -5, 259: 3.5}}, {"sequence_bias": {(11,): -5.0, (259,): 3.5}}),
+    "bad_words": ({"bad_words": ["the", ","]}, {}),
+    "allowed_token_ids": ({"allowed_token_ids": [11, 13, 259, 270, 341]}, {}),
+}
+"""Parameter that generate() does not have -> keywords with it, and what makes generate() do the same."""
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM("demo", dtype="float32", block_size=16) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_extension_gives_the_tokens_of_generate_by_other_means(name: str, llm: LLM) -> None:
+    own, other = ALIKE[name]
+    if name == "bad_words":
+        words = [text for word in own["bad_words"] for text in (word, " " + word)]
+        other = {"bad_words_ids": [tokenizer()(text).input_ids for text in words]}
+    for prompt in prompts():
+        if name == "allowed_token_ids":
+            rows = generate(prompt, LONG | {"prefix_allowed_tokens_fn": lambda batch, ids: own[name]})
+            expected = [rows[0, len(prompt) :].tolist()]
+        else:
+            expected = theirs(repr(LONG | other), tuple(prompt))
+        assert llm.generate(prompt, **LONG, **own).token_ids == expected[0]
+
+
+def test_empty_prompt_starts_from_bos_as_in_generate(llm: LLM) -> None:
+    for bos in (11, 259):
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")
+            row = model().generate(bos_token_id=bos, pad_token_id=EOS, **LONG)[0]
+        assert llm.generate("", bos_token_id=bos, **LONG).token_ids == row[1:].tolist()
+
+
+VALUES = {"repetition_penalty": 1.3, "do_sample": True, "top_k": 30, "temperature": 0.8}
+
+
+def test_values_of_chosen_tokens_are_those_of_generate(llm: LLM) -> None:
+    for prompt in prompts():
+        found = generate(prompt, LONG | VALUES | dict.fromkeys(("output_scores", "output_logits"), True))
+        logits, scores = torch.cat(found.logits), torch.cat(found.scores)
+        transitions = model().compute_transition_scores(found.sequences, found.scores, normalize_logits=True)[0]
+        token_ids = found.sequences[0, len(prompt) :]
+        chosen = torch.arange(len(token_ids)), token_ids
+        expected = {
+            "output_logits": logits[chosen],
+            "output_scores": scores[chosen],
+            "raw_logprob": logits.log_softmax(-1)[chosen],
+            "processed_logprob": transitions,
+        }
+        for name, values in expected.items():
+            asked = {name: True} if name.startswith("output") else {"logprobs": 2, "logprob_kind": name}
+            out = llm.generate(prompt, seed=SEED, **LONG, **VALUES, **asked)
+            assert out.token_ids == token_ids.tolist()
+            assert torch.tensor(out.logprobs.chosen).sub(values).abs().max() < (3e-5 if "output" in name else 1e-5)

@@ -28,6 +28,7 @@ GROUPS: Final[dict[str, Any]] = {
 GROUP_OF_FIELD: Final[dict[str, str]] = {
     name: group for group, descriptor in GROUPS.items() for name in descriptor.fields_by_name
 }
+_PROMPTS: Final = ("inputs", "input_ids", "text_inputs")
 TOP_LEVEL: Final[frozenset[str]] = frozenset({"model", "priority", "request_id"})
 _SPELLINGS: Final[frozenset[str]] = frozenset(
     {"remove_input", "return_tensors", "handle_long_generation", "output_logits", "output_scores"}
@@ -80,7 +81,7 @@ def build(prompts: Prompts, keywords: Mapping[str, Any]) -> Call:
 
 def known_keywords() -> list[str]:
     """Every keyword that is understood, refused ones included."""
-    own = {"timeout", "generation_config", "inputs", "input_ids"}
+    own = {"timeout", "generation_config", *_PROMPTS}
     return sorted(own | _SPELLINGS | TOP_LEVEL | NEUTRAL | set(GROUP_OF_FIELD) | set(ALIASES) | set(REJECTED))
 
 
@@ -192,8 +193,8 @@ def _suggestion(name: str) -> str:
 
 
 def _prompts_argument(prompts: Prompts, rest: dict[str, Any]) -> Prompts:
-    """The prompts, which `generate()` also knows as `inputs` and `input_ids`."""
-    given = [value for value in (prompts, rest.pop("inputs", None), rest.pop("input_ids", None)) if value is not None]
+    """The prompts, which `generate()` also knows as `inputs` and `input_ids`, and the pipeline as `text_inputs`."""
+    given = [value for value in (prompts, *(rest.pop(name, None) for name in _PROMPTS)) if value is not None]
     if len(given) != 1:
         raise TypeError("prompts: has to be given once" if given else "prompts: missing")
     return given[0]

@@ -16,6 +16,7 @@ from octavo.errors import RequestError, StartupError
 from octavo.frontend.param_checks import ParamChecker, check_token_rules
 from octavo.frontend.validation import UNSUPPORTED_NEUTRAL, Violations, show
 from octavo.frontend.watermarks import resolve_watermark, watermark_of_file
+from octavo.generation_table import CONFIG, Ignored, Rejected
 from octavo.types import (
     SUPPORTED_PARAMS,
     EarlyStopping,
@@ -83,50 +84,7 @@ _FILE_FIELDS: Final = SUPPORTED_PARAMS - _EXTENSIONS
 _EMPTY_IS_UNSET: Final = frozenset(
     field.name for field in msgspec.structs.fields(GenerationParams) if field.default_factory is not msgspec.NODEFAULT
 )
-_WITHOUT_EFFECT: Final = frozenset(
-    {
-        "use_cache",
-        "cache_implementation",
-        "cache_config",
-        "max_cache_len",
-        "prefill_chunk_size",
-        "compile_config",
-        "disable_compile",
-        "continuous_batching_config",
-        "pad_token_id",
-        "return_dict_in_generate",
-        "transformers_version",
-    }
-)
-"""No value of these can change a result here (generation.md, section 3)."""
 _ENCODER_DECODER: Final = frozenset({"decoder_start_token_id", "is_encoder_decoder", "forced_decoder_ids"})
-_REJECTED_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_scores": (False,),
-    "output_logits": (False,),
-    "penalty_alpha": (0,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0,),
-    "dola_layers": (),
-    "force_words_ids": (),
-    "constraints": (),
-    "low_memory": (False,),
-    "use_mtp": (False,),
-    "assistant_early_exit": (),
-    "speculation_type": (),
-    "is_assistant": (False,),
-    "num_assistant_tokens": (20,),
-    "num_assistant_tokens_schedule": ("constant",),
-    "assistant_confidence_threshold": (0.4,),
-    "assistant_lookbehind": (10,),
-    "target_lookbehind": (10,),
-    "assistant_ensemble_weight": (0,),
-    "watermarking_config": (),
-    **{name: (neutral,) for name, neutral in UNSUPPORTED_NEUTRAL.items()},
-    "early_stopping": (False,),
-}
-"""Fields of GenerationConfig that nothing honours, with the values at which that makes no difference."""
 
 
 def checkpoint_params(raw: dict[str, Any], vocab_size: int, n_positions: int = 1024) -> GenerationParams:
@@ -139,7 +97,7 @@ def checkpoint_params(raw: dict[str, Any], vocab_size: int, n_positions: int = 1
             values[name] = _from_file(name, value)
         elif name in _ENCODER_DECODER:
             _log.info("generation_config.json: %s is of encoder-decoder models and does nothing here", name)
-        elif name not in _WITHOUT_EFFECT and not _is_neutral(name, value):
+        elif not _is_neutral(name, value):
             raise _unusable(name, f"= {show(value)} is not implemented; remove it from the file to serve without")
     params = GenerationParams(**values)
     violations = Violations()
@@ -270,7 +228,12 @@ def _watermark(value: Any) -> Watermark:
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    return name in _REJECTED_NEUTRAL and (value in _REJECTED_NEUTRAL[name] or value == [])
+    """Whether the value of a field that nothing honours makes no difference."""
+    entry = CONFIG.get(name)
+    if entry is None or isinstance(entry, Ignored):
+        return entry is not None
+    neutral = entry.neutral if isinstance(entry, Rejected) else UNSUPPORTED_NEUTRAL.get(name)
+    return value is False or value == [] or value == neutral
 
 
 def _unusable(field: str, why: str) -> StartupError:
