@@ -8,13 +8,24 @@ when asked for, so that steps can be submitted ahead. What breaks the contract o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from octavo.errors import Reason
-from octavo.step import Int32s, LogprobRows, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
+from octavo.step import (
+    BeamChoice,
+    BeamHypothesis,
+    Int32s,
+    LogprobRows,
+    ModelRunnerOutput,
+    NewRequest,
+    PromptLogprobs,
+    SchedulerOutput,
+)
 from octavo.types import FinishReason
+from property.beam_oracle import choose
 from property.oracle import MASK, VOCAB_SIZE, WEIGHTS, TagChain, finish_of, make_tag, mix, next_token
 
 
@@ -25,6 +36,10 @@ class ContractError(AssertionError):
 def require(condition: object, message: str, *details: object) -> None:
     if not condition:
         raise ContractError(" ".join([message, *map(str, details)]))
+
+
+def num_beams(request: NewRequest) -> int:
+    return request.params.num_beams or 1
 
 
 @dataclass
@@ -38,6 +53,8 @@ class Slot:
     block_table: Int32s
     """[max_blocks], 0 where nothing was granted."""
     num_computed: int
+    started: bool = True
+    """False for a row of a beam search that was not scheduled since it entered: where it starts is up to the core."""
     finished: FinishReason | None = None
     """A finished or failed request's rows are muted: they write nothing and answer -1."""
 
@@ -161,7 +178,8 @@ class FakeRunner:
         table = np.zeros(self.max_blocks, np.int32)
         table[: len(request.block_ids)] = request.block_ids
         tokens = request.token_ids.tolist()
-        self.slots[slot] = Slot(request, tokens, TagChain(self.domain_of(request)), table, computed)
+        started = num_beams(request) == 1 or request.row == 0
+        self.slots[slot] = Slot(request, tokens, TagChain(self.domain_of(request)), table, computed, started)
 
     def _grow_tables(self, step: SchedulerOutput) -> None:
         require(len(step.block_slots) == len(step.block_columns) == len(step.block_ids), "ragged block diff")
@@ -198,6 +216,7 @@ class FakeRunner:
         output = ModelRunnerOutput(np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.uint8))
         logprobs = _Columns()
         snapshot = self.cache.copy()
+        searches: dict[int, dict[int, tuple[int, int]]] = {}  # group -> beam -> slot and last tag
         for row, (slot_id, start, count) in enumerate(rows):
             slot = self.slots[slot_id]
             if slot.finished is not None:
@@ -208,12 +227,16 @@ class FakeRunner:
             if reason is not None:
                 self._write_poison(slot, start, count)
                 output.failed.append((row, reason))
-                slot.finished = FinishReason.ABORTED
+                self._mute(slot)
                 continue
             tag = self._compute(slot, context, start, count)
             self._add_prompt_logprobs(output, slot, row, start, count)
-            if step.samples[row]:
+            if step.samples[row] and num_beams(slot.request) > 1:
+                searches.setdefault(slot.request.group_id, {})[slot.request.row] = (slot_id, tag)
+            elif step.samples[row]:
                 self._sample(output, logprobs, slot, row, tag)
+        for group, rows_of_group in searches.items():
+            self._advance_search(output, rows_of_group, group in step.expired_groups)
         output.logprobs = logprobs.finish()
         return output
 
@@ -228,6 +251,8 @@ class FakeRunner:
                 require(slot.finished != FinishReason.LENGTH, "scheduled past its length:", slot_id)
                 continue
             length = len(slot.tokens)
+            if not slot.started:
+                slot.started, slot.num_computed = True, start
             require(start == slot.num_computed, "row starts at", start, "but slot", slot_id, "is at", slot.num_computed)
             require(start + count <= length, "row beyond the tokens of slot", slot_id, start, count, length)
             require(bool(step.samples[row]) == (start + count == length), "samples is wrong in row", row)
@@ -294,6 +319,40 @@ class FakeRunner:
             slot.finished = finish
         if request.logprobs is not None:
             logprobs.add(row, token_id, request.logprobs.num_top, request.logprobs.token_ids)
+
+    def _mute(self, slot: Slot) -> None:
+        """Of a beam search all rows."""
+        request = slot.request
+        rows = [other for other in self.slots.values() if other.request.group_id == request.group_id]
+        for other in rows if num_beams(request) > 1 else [slot]:
+            other.finished = FinishReason.ABORTED
+
+    def _advance_search(self, output: ModelRunnerOutput, rows: dict[int, tuple[int, int]], out_of_time: bool) -> None:
+        """Rows take over what their parents have."""
+        slots = [self.slots[slot] for _, (slot, _) in sorted(rows.items())]
+        request = slots[0].request
+        if slots[0].finished is not None:
+            return  # a sibling failed in this step
+        require(len(rows) == num_beams(request), "a beam search steps without some of its rows:", rows)
+        tags = [tag for _, (_, tag) in sorted(rows.items())]
+        total = len(slots[0].tokens) + 1
+        choice = choose(
+            tags, request.seed, total, request.max_total_tokens, request.eos_token_ids, request.stop_token_ids
+        )
+        old = [(list(s.tokens), copy.deepcopy(s.chain), s.block_table.copy(), s.num_computed) for s in slots]
+        for slot, parent, token in zip(slots, choice.parents, choice.tokens, strict=True):
+            tokens, chain, table, slot.num_computed = old[parent]
+            slot.tokens, slot.chain, slot.block_table = [*tokens, token], copy.deepcopy(chain), table.copy()
+        finish = choice.finish or (FinishReason.TIME if out_of_time else FinishReason.NONE)
+        found = None
+        if finish:
+            for slot in slots:
+                slot.finished = finish
+            outputs = [np.array(slot.tokens[request.prompt_len :], np.int32) for slot in slots]
+            count = request.params.num_return_sequences or 1
+            found = [BeamHypothesis(ids, finish, -float(i)) for i, ids in enumerate(outputs[:count])]
+        parents, tokens = np.array(choice.parents, np.int32), np.array(choice.tokens, np.int32)
+        output.beams.append(BeamChoice(request.slot, parents, tokens, found))
 
     def _add_prompt_logprobs(self, output: ModelRunnerOutput, slot: Slot, row: int, start: int, count: int) -> None:
         """The row's position i gives the values of prompt token i + 1."""

@@ -9,6 +9,7 @@ import numpy as np
 from octavo.errors import Reason
 from octavo.ipc import EngineCoreOutputs
 from octavo.types import FinishReason
+from property.beam_oracle import BeamAnswer
 from property.oracle import VOCAB_SIZE, Answer, mix
 
 
@@ -19,6 +20,7 @@ class PromptSpec:
     tokens: list[int]
     max_new_tokens: int
     num_sequences: int = 1
+    num_beams: int = 1
     priority: int = 0
     salt: str = ""
     bypass: bool = False
@@ -62,6 +64,10 @@ class SentPrompt:
     """PromptStarted has come."""
     next_prompt_logprob: int = 1
     may_fail: bool = False
+    search: BeamAnswer | None = None
+    """What a beam search must find."""
+    too_large: bool = False
+    """Can never fit."""
 
     @property
     def domain(self) -> int:

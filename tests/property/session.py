@@ -11,11 +11,12 @@ import numpy as np
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.scheduler import Scheduler
 from octavo.errors import Reason
-from octavo.ipc import EngineCoreOutputs, EngineCoreRequest
+from octavo.ipc import BeamSequence, EngineCoreOutputs, EngineCoreRequest
 from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
 from octavo.types import FinishReason, GenerationParams, LogprobKind
+from property.beam_oracle import beam_answer
 from property.fake_runner import FakePendingStep, FakeRunner, require
-from property.oracle import VOCAB_SIZE, answer
+from property.oracle import VOCAB_SIZE, Answer, answer
 from property.records import PromptSpec, SentPrompt, Sequence, columns
 
 
@@ -71,19 +72,36 @@ class Session:
             sent = SentPrompt(spec, key, seed, self.now, deadline)
             self.prompts[seed] = sent
             max_total = len(spec.tokens) + spec.max_new_tokens
+            if spec.num_beams > 1:
+                self._expect_search(sent, max_total)
             for row in range(spec.num_sequences):
-                expected = answer(
-                    spec.tokens, domain=sent.domain, seed=seed, row=row, max_total_tokens=max_total,
-                    eos=spec.eos, stop=spec.stop,
-                )  # fmt: skip
+                if sent.search is not None:
+                    expected = Answer(sent.search.outputs[-1][row], sent.search.finish)
+                else:
+                    expected = answer(
+                        spec.tokens, domain=sent.domain, seed=seed, row=row, max_total_tokens=max_total,
+                        eos=spec.eos, stop=spec.stop,
+                    )  # fmt: skip
                 sequence = Sequence(sent, row, expected)
                 sent.sequences.append(sequence)
                 self.sequences[frontend, key + row] = sequence
                 keys.append(key + row)
             requests.append(self._request(sent, max_total))
         self.scheduler.add(frontend, requests)
+        if any(self.sequences[frontend, key].prompt.too_large for key in keys):
+            self._receive(self.scheduler.take_outputs())  # before anybody aborts them
         self._check()
         return keys
+
+    def _expect_search(self, sent: SentPrompt, max_total: int) -> None:
+        spec, size = sent.spec, self.block_size
+        sent.search = beam_answer(
+            spec.tokens, domain=sent.domain, seed=sent.seed, num_beams=spec.num_beams, max_total_tokens=max_total,
+            eos=spec.eos, stop=spec.stop,
+        )  # fmt: skip
+        shared = (len(spec.tokens) - 1) // size
+        blocks = shared + spec.num_beams * (-(-(max_total - 1) // size) - shared)
+        sent.too_large = blocks > self.num_blocks or spec.num_beams > self.config.max_num_requests
 
     def _request(self, sent: SentPrompt, max_total: int) -> EngineCoreRequest:
         spec = sent.spec
@@ -96,7 +114,12 @@ class Session:
             key=sent.key,
             num_sequences=spec.num_sequences,
             prompt_token_ids=np.array(spec.tokens, np.int32).tobytes(),
-            params=GenerationParams(max_time=spec.max_time, seed=sent.seed),
+            params=GenerationParams(
+                max_time=spec.max_time,
+                seed=sent.seed,
+                num_return_sequences=spec.num_sequences,
+                num_beams=spec.num_beams,
+            ),
             max_total_tokens=max_total,
             length_is_context=spec.length_is_context,
             eos_token_ids=list(spec.eos),
@@ -116,7 +139,9 @@ class Session:
         keys = list(keys)
         for key in keys:
             if (frontend, key) in self.sequences and self.sequences[frontend, key].alive:
-                self.sequences[frontend, key].aborted = True
+                sequence = self.sequences[frontend, key]
+                for member in [sequence] if sequence.prompt.search is None else sequence.prompt.sequences:
+                    member.aborted = True
         self.scheduler.abort(frontend, keys)
         self._check()
 
@@ -143,6 +168,7 @@ class Session:
             "cached_tokens": self.num_cached_tokens,
             "copies": self.runner.num_copies,
             "muted_rows": self.runner.num_muted_rows,
+            "found": sum(s.prompt.search is not None and len(s.received) > 0 for s in self.sequences.values()),
             "aborted": sum(sequence.aborted for sequence in self.sequences.values()),
             **{reason.name: ended.count(reason) for reason in (*FinishReason, *Reason) if reason in ended},
         }
@@ -215,7 +241,7 @@ class Session:
             require(plan.num_scheduled.max() <= self.config.max_chunk_tokens, "chunk limit:", plan.num_scheduled)
         for request in plan.new_requests:
             sent = self.prompts[request.seed]
-            sequence = sent.sequences[request.row]
+            sequence = sent.sequences[request.row if sent.search is None else 0]
             require(sequence.alive, "an ended or aborted sequence enters the batch:", sent.key + request.row)
             late = sent.deadline is not None and sent.deadline < self.now
             require(not late, "started after its deadline:", sent.key + request.row)
@@ -238,6 +264,9 @@ class Session:
                 self._entry(frontend, key, token_id, finish)
                 if finish:
                     ended.add(key)
+            for found in outputs.beams:
+                self._found(frontend, found)
+                ended.add(found.key)
             for failure in outputs.failed:
                 self._failed(frontend, failure.key, failure.reason)
                 ended.add(failure.key)
@@ -293,10 +322,33 @@ class Session:
             require(not complete, "goes on after its end:", key)
         sequence.ended = reason or None
 
+    def _found(self, frontend: int, found: BeamSequence) -> None:
+        sequence = self._living(frontend, found.key)
+        prompt = sequence.prompt
+        require(prompt.search is not None, "a beam search that nobody asked for:", found.key)
+        require(prompt.scheduled_time is not None, "found before PromptStarted:", found.key)
+        assert prompt.search is not None
+        token_ids = np.frombuffer(found.token_ids, np.int32).tolist()
+        steps = prompt.search.outputs
+        require(0 < len(token_ids) <= len(steps), "found after", len(token_ids), "steps of", len(steps))
+        wanted = steps[len(token_ids) - 1][sequence.row]
+        require(token_ids == wanted, "beam", sequence.row, "of", found.key, "is", token_ids, "not", wanted)
+        finish = prompt.search.finish if len(token_ids) == len(steps) else FinishReason.TIME
+        if finish == FinishReason.LENGTH and prompt.spec.length_is_context:
+            finish = FinishReason.CONTEXT
+        require(found.finish == finish, "finish:", found.key, found.finish, "not", finish)
+        if finish == FinishReason.TIME:
+            limit = (prompt.scheduled_time or 0.0) + (prompt.spec.max_time or 0.0)
+            require(prompt.spec.max_time is not None and self.now >= limit, "TIME too early:", found.key)
+        require(found.score == -float(sequence.row), "score:", found.key, found.score)
+        sequence.received, sequence.ended = token_ids, found.finish
+
     def _failed(self, frontend: int, key: int, reason: Reason) -> None:
         sequence = self._living(frontend, key)
         prompt = sequence.prompt
-        if reason == Reason.QUEUE_TIMEOUT:
+        if reason == Reason.REQUEST_TOO_LARGE:
+            require(prompt.too_large, "fits, but was refused:", key)
+        elif reason == Reason.QUEUE_TIMEOUT:
             require(prompt.scheduled_time is None and not sequence.received, "QUEUE_TIMEOUT of one that ran:", key)
             require(self.now >= prompt.arrival + self.config.max_queue_time, "QUEUE_TIMEOUT too early:", key)
         elif reason in (Reason.CLIENT_DEADLINE, Reason.SERVER_MAX_DURATION):

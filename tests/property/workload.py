@@ -1,5 +1,5 @@
 """A random workload from one seed, quicker than hypothesis: drives the same session for the seeded mutants, and by hand
-to look for trouble:  `python -m property.workload FIRST_SEED COUNT` in tests/.
+to look for trouble:  `python -m property.workload FIRST_SEED COUNT [BEAMS]` in tests/.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import sys
 import traceback
+from dataclasses import replace
 
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.errors import Reason
@@ -34,10 +35,11 @@ def random_session(rng: random.Random, check: bool = True) -> Session:
     )
 
 
-def random_spec(rng: random.Random) -> PromptSpec:
+def random_spec(rng: random.Random, beams: float = 0.0) -> PromptSpec:
+    """`beams`: how probable a beam search is."""
     length = rng.randint(1, 40)
     usual = rng.random() < 0.7
-    return PromptSpec(
+    spec = PromptSpec(
         tokens=random_prompt(rng, rng.randint(0, 2), length),
         max_new_tokens=rng.randint(1, min(20, MAX_MODEL_LEN - length)),
         num_sequences=rng.choice([1, 1, 1, 2, 3]),
@@ -53,14 +55,18 @@ def random_spec(rng: random.Random) -> PromptSpec:
         num_top=rng.choice([None, None, 0, 3]),
         prompt_logprobs=rng.choice([None, None, None, 2]),
     )
+    if beams and rng.random() < beams:  # without beams the seeds give what they always gave
+        num_beams = rng.choice([2, 2, 3, 4])
+        spec = replace(spec, num_beams=num_beams, num_sequences=rng.randint(1, num_beams), num_top=None)
+    return spec
 
 
-def act(session: Session, rng: random.Random) -> None:
+def act(session: Session, rng: random.Random, beams: float = 0.0) -> None:
     """One input; steps come between them."""
     kind = rng.random()
     names = session.alive() if rng.random() < 0.8 else list(session.sequences)
     if kind < 0.55:
-        session.add(rng.randrange(NUM_FRONTENDS), [random_spec(rng) for _ in range(rng.choice([1, 1, 2]))])
+        session.add(rng.randrange(NUM_FRONTENDS), [random_spec(rng, beams) for _ in range(rng.choice([1, 1, 2]))])
     elif kind < 0.75 and names:
         frontend, key = rng.choice(names)
         session.abort(frontend, [key, key + 1, 999_999] if rng.random() < 0.3 else [key])
@@ -76,13 +82,13 @@ def act(session: Session, rng: random.Random) -> None:
         session.now += rng.choice([0.001, 0.1, 1.0, 5.0, 12.0])
 
 
-def run_workload(seed: int, num_actions: int = 40, check: bool = True) -> Session:
+def run_workload(seed: int, num_actions: int = 40, check: bool = True, beams: float = 0.0) -> Session:
     """Inputs and steps in random order, then everything must come to its end. Without `check` the scheduler's own
-    invariants are not asked."""
+    invariants are not asked. `beams`: part of the prompts that are beam searches."""
     rng = random.Random(seed)
     session = random_session(rng, check)
     for _ in range(num_actions):
-        act(session, rng)
+        act(session, rng, beams)
         for _ in range(rng.choice([0, 0, 1, 1, 2, 6])):
             session.step()
             session.now += 0.001
@@ -93,11 +99,12 @@ def run_workload(seed: int, num_actions: int = 40, check: bool = True) -> Sessio
 
 def main() -> None:
     first, count = int(sys.argv[1]), int(sys.argv[2])
+    beams = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
     failures: dict[str, tuple[int, list[int]]] = {}
     totals: dict[str, int] = {}
     for seed in range(first, first + count):
         try:
-            session = run_workload(seed)
+            session = run_workload(seed, beams=beams)
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             name = f"{type(error).__name__} {where.filename.rsplit('/')[-1]}:{where.lineno} {str(error)[:60]}"

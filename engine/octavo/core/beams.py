@@ -46,10 +46,16 @@ class BeamScheduler:
     def fits(self, request: Request, shared: list[int], *, keep_watermark: bool) -> bool:
         """Whether all rows fit, those after the first beside the blocks that they will share with it."""
         assert request.beams is not None
-        rows, kv = request.beams.rows, self._kv
-        common = [_num_common(rows[0], row) if request.is_search else 0 for row in rows[1:]]
-        others = sum(kv.blocks_for(len(row)) - n // kv.block_size for row, n in zip(rows[1:], common, strict=True))
-        return kv.can_admit(shared, len(rows[0]), keep_watermark, others)
+        length = len(request.beams.rows[0])
+        return self._kv.can_admit(shared, length, keep_watermark, self._num_of_others(request))
+
+    def _num_of_others(self, request: Request) -> int:
+        """Blocks of the rows after the first, without those that they share with it."""
+        assert request.beams is not None
+        first, *others = request.beams.rows
+        common = [_num_common(first, row) if request.is_search else 0 for row in others]
+        kv = self._kv
+        return sum(kv.blocks_for(len(row)) - n // kv.block_size for row, n in zip(others, common, strict=True))
 
     def admit(self, request: Request, shared: list[int], num_cached: int) -> None:
         """Gives the rows their slots, and those that are on their own blocks for all of their tokens."""
@@ -69,11 +75,20 @@ class BeamScheduler:
             kv.never_index(slot)
             if beams.forked:
                 assert kv.allocate_slots(slot, int(self._batch.num_tokens[slot])) is not None
+        if not beams.forked:
+            beams.num_reserved = self._num_of_others(request)
+            kv.num_reserved += beams.num_reserved
         self._running[request.group.group_id, request.row] = request
 
     def remove(self, request: Request) -> None:
         """The search has ended or was preempted: it is not scheduled any more."""
-        self._running.pop((request.group.group_id, request.row), None)
+        if self._running.pop((request.group.group_id, request.row), None) is not None:
+            self._unreserve(request)
+
+    def _unreserve(self, request: Request) -> None:
+        assert request.beams is not None
+        self._kv.num_reserved -= request.beams.num_reserved
+        request.beams.num_reserved = 0
 
     def save(self, request: Request) -> None:
         """Keeps the tokens that are known, before a preempted search loses its slots."""
@@ -135,6 +150,7 @@ class BeamScheduler:
         beams, batch, kv = request.beams, self._batch, self._kv
         assert beams is not None
         beams.forked = True
+        self._unreserve(request)
         blocks = kv.blocks_of(request.slot)
         for slot, token_ids in zip(beams.slots[1:], beams.rows[1:], strict=True):
             count = _num_common(beams.rows[0], token_ids)

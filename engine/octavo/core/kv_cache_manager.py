@@ -26,6 +26,8 @@ class KVCacheManager:
         self.block_size = block_size
         self.watermark_blocks = int(watermark * pool.num_blocks)
         """Blocks that admissions leave free."""
+        self.num_reserved = 0
+        """Blocks that admissions leave to beam searches whose rows have not forked yet."""
         max_blocks = self.blocks_for(max_model_len)
         self.block_table: Int32s = np.full((max_num_requests, max_blocks), NULL_BLOCK, np.int32)
         self.num_blocks: Int32s = np.zeros(max_num_requests, np.int32)
@@ -59,7 +61,8 @@ class KVCacheManager:
         """Whether a request of `num_tokens` that shares these blocks fits as a whole, with `num_more` blocks."""
         shared = list(shared)
         taken = self.blocks_for(num_tokens) - len(shared) + sum(map(self.pool.is_unowned, shared)) + num_more
-        return taken + (self.watermark_blocks if keep_watermark else 0) <= self.pool.num_free
+        kept = (self.watermark_blocks if keep_watermark else 0) + self.num_reserved
+        return taken + kept <= self.pool.num_free
 
     def admit(self, slot: int, shared: list[int]) -> None:
         """Starts the slot's table with a share in these blocks."""

@@ -77,7 +77,7 @@ class Group:
 class Beams:
     """The rows of a beam search, or the two of a guided sequence. Owned by the BeamScheduler."""
 
-    __slots__ = ("forked", "max_totals", "rows", "slots", "unsent")
+    __slots__ = ("forked", "max_totals", "num_reserved", "rows", "slots", "unsent")
 
     def __init__(self, rows: list[Int32s], max_totals: list[int]) -> None:
         self.rows = rows
@@ -88,6 +88,8 @@ class Beams:
         """Of each row, the last ones if it does not run."""
         self.forked = False
         """Every row is on its own: since a search's rows share the first one's blocks, or from the beginning."""
+        self.num_reserved = 0
+        """Blocks that are kept free for the rows after the first, until they fork from it."""
         self.unsent: set[int] = set()
         """Slots whose block tables the worker does not know yet."""
 

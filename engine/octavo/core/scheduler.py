@@ -271,9 +271,10 @@ class Scheduler:
     def _make_room(self, plan: Plan, request: Request, num_blocks: int) -> bool:
         """As many free blocks, for a running request, at the expense of requests of worse rank."""
         while self.batch.is_running(request.slot):
-            if num_blocks <= self.pool.num_free:
+            missing = num_blocks - self.pool.num_free
+            if missing <= 0:
                 return True
-            if not self._relieve(plan, num_blocks):
+            if not self._relieve(plan, missing):
                 return False
         return False
 
