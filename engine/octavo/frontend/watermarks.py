@@ -13,7 +13,7 @@ GREEN_LIST_DEFAULTS: Final = GreenListWatermark(
     greenlist_ratio=0.25, bias=2.0, hashing_key=15485863, seeding_scheme=SeedingScheme.LEFTHASH, context_width=1
 )
 _GREEN_LIST_RANGES: Final = {
-    "greenlist_ratio": Range(0, 1, low_open=True),
+    "greenlist_ratio": Range(0, 1, low_open=True, high_open=True),
     "bias": Range(-1e30, 1e30),
     "hashing_key": Range(0, 2**63 - 1, integer=True),
     "context_width": Range(1, 64, integer=True),
@@ -46,8 +46,6 @@ def check_watermark(violations: Violations, path: str, mark: Watermark) -> None:
 
 def _check_green_list(violations: Violations, path: str, green: GreenListWatermark) -> None:
     check_ranges(violations, path, green, _GREEN_LIST_RANGES)
-    if green.greenlist_ratio == 1:
-        violations.add(f"{path}.greenlist_ratio", "must be below 1")
     if not isinstance(green.seeding_scheme, SeedingScheme | None):
         violations.add(f"{path}.seeding_scheme", f"has no value {show(green.seeding_scheme)}")
 
