@@ -192,7 +192,8 @@ class DeviceStates:
         self._write("counts", request.slot, counts[order])
 
     def _row_of(self, slot: int, bitmap: Bitmap) -> int:
-        return self._base["bitmaps"] + slot * self._width["bitmaps"] + bitmap * int(self.state.bitmaps.shape[2])
+        words: int = self._base["bitmaps"] + slot * self._width["bitmaps"] + bitmap * int(self.state.bitmaps.shape[2])
+        return words
 
     def _write(self, part: str, slot: int, values: npt.ArrayLike) -> None:
         """The first words of a slot's row of a part of the state."""
@@ -231,7 +232,8 @@ def _first_word(state: SlotState, part: str) -> int:
 
 
 def _bits(value: float) -> int:
-    return int(np.array([value], np.float32).view(np.int32)[0])
+    words: Int32s = np.array([value], np.float32).view(np.int32)
+    return int(words[0])
 
 
 def _or(value: float | None, default: float) -> float:
