@@ -27,7 +27,12 @@ from torch import Tensor
 
 HEADS, HEAD_SIZE = 20, 64
 BLOCK = 32
-DECODE = ((1, 64), (1, 1000), (8, 256), (8, 1000), (32, 256), (64, 256), (128, 512), (256, 64), (256, 256), (256, 512))
+DECODE = ((256, 512), (64, 256), (256, 64), (32, 256), (128, 512), (256, 256), (8, 1000), (1, 1000), (8, 256), (1, 64))
+"""Rows and context; the cases of the target first."""
+ANCHORS = ((256, 512), (64, 256), (1, 1000))
+"""Also measured with other block sizes and an fp8 cache."""
+SLOW_TO_START = ((256, 512), (8, 0, 512))
+"""Also measured with flex_attention, which compiles for each; with --sweep all are."""
 PREFILL = ((1, 0, 1000), (8, 0, 512), (32, 0, 128), (4, 768, 256))
 """Rows, tokens before the chunk, tokens of the chunk."""
 FEW = ((8, 508, 4), (64, 252, 4))
@@ -120,17 +125,19 @@ class Paged:
 
 
 def decode_cases(setting: Setting) -> Iterator[Case]:
-    sizes = ((1, 33), (3, 65)) if setting.tiny else DECODE
-    for rows, context in sizes:
-        yield decode_case(setting, f"{rows} x {context}", [context] * rows, anchor=(rows, context) in sizes[-3:])
+    for rows, context in ((1, 17), (2, 33)) if setting.tiny else DECODE:
+        size = (rows, context)
+        more = setting.sweep or size in ANCHORS or size == (2, 33)
+        flex = setting.sweep or size in SLOW_TO_START or size == (2, 33)
+        yield decode_case(setting, f"{rows} x {context}", [context] * rows, more, flex)
     if not setting.tiny:
         source = np.random.default_rng(0)
         lengths = np.clip(np.exp(source.normal(5.6, 0.8, 128)), 16, 1000).astype(int).tolist()
-        yield decode_case(setting, "128 x log-normal", lengths, anchor=False)
+        yield decode_case(setting, "128 x log-normal", lengths, more=False, flex=False)
 
 
-def decode_case(setting: Setting, name: str, contexts: list[int], anchor: bool) -> Case:
-    """anchor: with other block sizes and the peers that are slow to start."""
+def decode_case(setting: Setting, name: str, contexts: list[int], more: bool, flex: bool) -> Case:
+    """more: with other block sizes and an fp8 cache; flex: with flex_attention."""
     rows = len(contexts)
     paged = Paged(setting, contexts, [1] * rows)
     contenders: dict[str, Callable[[], Work]] = {
@@ -139,13 +146,13 @@ def decode_case(setting: Setting, name: str, contexts: list[int], anchor: bool) 
         "octavo dot": partial(decode_work, paged, "dot"),
     }
     own_bytes: dict[str, float] = {}
-    if anchor:
+    if more:
         for block in (16, 64):
             contenders[f"octavo block {block}"] = partial(other_decode_work, setting, contexts, block=block)
         eighth = partial(other_decode_work, setting, contexts, cache_dtype=torch.float8_e4m3fn)
         contenders["octavo fp8 cache"] = eighth
         own_bytes["octavo fp8 cache"] = paged.bytes - paged.kv_bytes / 2
-    if len(set(contexts)) == 1 and anchor:
+    if flex:
         contenders["flex_attention, dense cache"] = partial(flex_work, paged)
     contenders["FlashInfer"] = partial(kernel_peers.flashinfer_decode, paged)
     contenders["vLLM Triton unified"] = partial(kernel_peers.vllm_unified, paged)
@@ -234,9 +241,9 @@ def flex_work(paged: Paged) -> Work:
 
 
 def prefill_cases(setting: Setting) -> Iterator[Case]:
-    for rows, before, chunk in ((2, 0, 40), (1, 33, 20)) if setting.tiny else PREFILL:
+    for rows, before, chunk in ((2, 0, 20), (1, 17, 18)) if setting.tiny else PREFILL:
         yield prefill_case(setting, "chunks", rows, before, chunk)
-    for rows, before, chunk in ((2, 30, 3),) if setting.tiny else FEW:
+    for rows, before, chunk in ((2, 14, 3),) if setting.tiny else FEW:
         yield prefill_case(setting, "few queries", rows, before, chunk)
 
 
@@ -248,10 +255,11 @@ def prefill_case(setting: Setting, kind: str, rows: int, before: int, chunk: int
         "octavo batch-invariant" if kind == "chunks" else "octavo as chunks": partial(
             tiles_work, paged, few=kind == "chunks"
         ),
-        "flex_attention, dense cache": partial(flex_work, paged),
-        "FlashInfer": partial(kernel_peers.flashinfer_prefill, paged),
-        "vLLM Triton unified": partial(kernel_peers.vllm_unified, paged),
     }
+    if setting.sweep or setting.tiny or (rows, before, chunk) in SLOW_TO_START:
+        contenders["flex_attention, dense cache"] = partial(flex_work, paged)
+    contenders["FlashInfer"] = partial(kernel_peers.flashinfer_prefill, paged)
+    contenders["vLLM Triton unified"] = partial(kernel_peers.vllm_unified, paged)
     return Case(
         bench="prefill",
         name=f"{kind} {rows} x {before}+{chunk}",

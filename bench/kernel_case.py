@@ -28,7 +28,7 @@ class Setting:
     tiny: bool
     """Shapes for the interpreter."""
     sweep: bool = False
-    """Also all candidates of what is chosen by measurement."""
+    """Also all candidates of what is chosen by measurement, and the peers that are slow to start everywhere."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 VOCAB, COLUMNS = 50257, 50304
 N_POSITIONS, LENGTH, PROMPT = 1024, 200, 100
-BATCHES = (1, 8, 64, 256)
+BATCHES = (256, 64, 8, 1)
 SPREAD = 3.0
 """Standard deviation of the logits: with 2.5 or more, top_p 0.9 keeps some thousand tokens of 50,257."""
 HISTORY = (
@@ -130,7 +130,7 @@ class Batch:
 
 
 def sampling_cases(setting: Setting) -> Iterator[Case]:
-    for rows in (3,) if setting.tiny else BATCHES:
+    for rows in (2,) if setting.tiny else BATCHES:
         for name, mix in MIXES.items():
             yield sampling_case(setting, name, mix, rows)
 
