@@ -130,8 +130,10 @@ def verify_kernel(
             q, peak, total, acc, start, end, last, cache_ptr, stride_half, stride_block, table_ptr, num_blocks,
             max_blocks, scale, VALUE, D, TILE_D, BLOCK, TILE_N, FP8_FORM, FORM, True,
         )  # fmt: skip
-    lse = tl.where(total == 0.0, -float("inf"), peak + tl.log2(total))  # a query before this split sees none of it
-    result = acc * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    seen = total != 0.0  # a query before this split sees none of it
+    total = tl.where(seen, total, 1.0)
+    lse = tl.where(seen, peak + tl.log2(total), -float("inf"))
+    result = acc * (v_scale / total)[:, None]
 
     active = tl.cdiv(length, SPLIT_LEN)
     if active == 1:

@@ -286,7 +286,7 @@ def test_upcast_multiplies_keys_wider_than_queries_unrounded(kernel: Any, device
 
 @pytest.mark.parametrize("form", ["fma", "dot"])
 def test_a_decode_row_alone_has_the_bits_that_it_has_in_a_batch(form: str, device: torch.device) -> None:
-    lengths = [300, 1, 0, 17, 600, 256]
+    lengths = [260, 1, 0, 17, 256]
     step = make_step(device, F16, one_token_rows(lengths), heads=1, block_size=32)
     alone = [step.rows(r, r + 1) for r in range(len(lengths))]
     together = decode(step, form)
@@ -347,7 +347,7 @@ def test_muted_rows_of_several_tokens_get_zeros(kernel: Any, device: torch.devic
 
 @pytest.mark.parametrize("form", ["fma", "dot"])
 def test_a_workspace_serves_launch_after_launch(form: str, device: torch.device) -> None:
-    step = make_step(device, F32, one_token_rows([300, 5, 520]), heads=1, block_size=64)
+    step = make_step(device, F16, one_token_rows([300, 5]), heads=1, block_size=64)
     workspace = step.workspace(5)
     first = decode(step, form, workspace)
     assert not workspace.tickets.any()
