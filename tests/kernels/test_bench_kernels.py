@@ -55,7 +55,7 @@ def test_records_name_machine_versions_and_that_times_are_invented(records: list
 
 def test_peers_that_need_a_gpu_are_recorded_as_absent(records: list[dict[str, Any]]) -> None:
     absent = {r["contender"] for r in records if r["record"] == "absent"}
-    assert absent == {"FlashInfer", "vLLM Triton unified"}
+    assert absent >= {"FlashInfer", "vLLM Triton unified"}
 
 
 def test_without_a_gpu_nothing_is_measured() -> None:
