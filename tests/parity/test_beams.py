@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from octavo import LLM
+from octavo.checkpoint import resolve
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from parity.beams import EOS, beam_cases, differences, engine_params, save_tiny_model, transformers_beams
 from parity.cases import Answer, Case, transformers_answers
@@ -103,3 +108,49 @@ def test_the_cases_are_not_vacuous(cases, expected):
     early = [c for c, a in zip(cases, expected, strict=True) if len(a.token_ids[0]) < c.max_new_tokens]
     assert len(early) > len(cases) / 4
     assert {case.params["num_beams"] for case in cases} == set(range(2, 9))
+
+
+@pytest.mark.parametrize("stops", [["th"], [" and", "e of", "ing"], ["ael, So", "el."]], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [{}, {"do_sample": True, "top_k": 50, "temperature": 1.3}], ids=["greedy", "sampled"]
+)
+def test_stop_strings_end_beams_as_in_transformers(stops: list[str], sampling: dict[str, Any], demo, engine):
+    """Through the front-end and the wire's messages; the last match begins in the prompt."""
+    model, tokenizer = demo
+    prompt = "Call me Ishma"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    keywords = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 10, **sampling}
+    torch.manual_seed(5)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), stop_strings=stops, tokenizer=tokenizer, pad_token_id=4095,
+            return_dict_in_generate=True, output_scores=True, **keywords,
+        )  # fmt: skip
+    seed = {"seed": 5} if sampling else {}
+    found = engine.generate(prompt, stop_strings=stops, **keywords, **seed)
+    width = expected.sequences.shape[1] - ids.shape[1]
+    padded = [(output.token_ids + [4095] * width)[:width] for output in found]
+    assert padded == expected.sequences[:, ids.shape[1] :].tolist()
+    assert [output.sequence_score for output in found] == pytest.approx(expected.sequences_scores.tolist(), abs=1e-4)
+    assert all(output.matched in stops for output in found if output.finish_reason == "stop_string")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    from transformers import GPT2LMHeadModel, GPT2Tokenizer
+
+    path = resolve("demo")
+    return GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).eval(), GPT2Tokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with LLM("demo", device="cpu", dtype="float32") as engine:
+        yield engine
+
+
+def test_a_search_whose_time_is_over_returns_what_it_has(engine):
+    outputs = engine.generate("Call me", num_beams=3, num_return_sequences=3, max_new_tokens=500, max_time=0.05)
+    assert {output.finish_reason for output in outputs} <= {"time", "eos"}
+    assert all(0 < len(output.token_ids) < 500 for output in outputs)
