@@ -5,7 +5,25 @@ order of a row's sums depends on its length alone. The other forms, `prefill_att
 the files of their names; their public names are here too.
 
 Log
-LOG
+  Device: none yet. Compiler's output for sm_90 (Triton 3.7.1), 20 heads of 64 unless said; nothing is measured.
+  One warp per (head, row, split); a lane reads 16 bytes of a key, so 4 keys (bf16) lie side by side in a warp.
+    variant, bf16 cache                              registers  spills
+    tile 32, block 32                                91         0       in use
+    tile 32, block 64                                96         0       in use
+    tile 32, block 16: the tile spans two blocks     79         0       in use; two scalar table loads and a select,
+                                                                        no gather and no barrier in the loop
+    tile 16, block 16 or 32                          64         0       tried: half the bytes in flight per warp
+    tile 64, block 64                                128        0       tried: 32 loads in flight, 16 warps per SM
+    tile 32, block 32, one softmax for all lanes     100        0       tried
+  each group of lanes has a softmax of its own, merged after the loop: 24 shuffles in the loop for 32 keys, where one
+    softmax for the warp and sums across lanes need 44 (performance.md 5.1). No barrier, no shared memory in the loop.
+  16 loads of 16 bytes in flight per lane (8 KB per warp). At 91 registers 22 warps fit an SM: 176 KB, against ~16 KB
+    that hide the latency: predicted bound by bandwidth from 8k cached tokens (80-88 % of it).
+  fp16 92 registers; fp32 (tile 16) 102; heads of 32: 64; of 80 and 96 (padded to 128, tile 16): 72; of 128: 100.
+  fp8, tile 32: 85 registers with the hardware's conversion (block 16: 84), 96 with integers, 8 shuffles in the loop;
+    tile 64 96 registers, tried. Predicted: integers would bound it by arithmetic, so only sm_80 uses them.
+  merge by ticket, 4 splits at once: no second launch; 128 bytes of shared memory. Predicted 2 us saved per layer.
+  dot form (16 query rows, 15 wasted): see verify_attention.
 """
 
 from __future__ import annotations

@@ -6,7 +6,19 @@ positions and are merged in index order, and keys that a query does not see add 
 is does not depend on the chunk in which it comes.
 
 Log
-LOG
+  Device: none yet. Compiler's output for sm_90 (Triton 3.7.1), heads of 64, block 32 unless said; nothing is measured.
+    queries x keys, warps, type   registers  spills  shared  MMA
+    16x64, 4, bf16 or fp16        80         0       20 KB   16 mma.sync   in use (decode rows: 72)
+    16x32, 4                      62         0       11 KB   8 mma.sync    tried
+    16x128, 4                     112        0       38 KB   32 mma.sync   tried
+    16x64, 2                      126        0       20 KB   32 mma.sync   tried
+    16x64, 4, fp8 in hardware     106        0       12 KB   16 mma.sync   in use (integers: 113)
+    16x32, 4, fp32                168        0       22 KB   none (ieee)   in use, as parity runs need
+    16x16, 4, fp32                64         0       13 KB   none (ieee)   tried
+    16x64, 4, heads of 128        128        0       38 KB   32 mma.sync   in use (80 and 96 alike)
+  the new token of a decode row is written to the cache, then read with the others: one order of sums for decode rows
+    and drafts, hence the same bits; predicted cost a barrier and a trip to L2 in one split per row.
+  splits merged one after another: the sums do not depend on how many there are beyond a token's own.
 """
 
 from __future__ import annotations
