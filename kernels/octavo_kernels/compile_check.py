@@ -136,6 +136,7 @@ def measure(variant: Variant, capability: int) -> Measured:
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
         "enable_fp_fusion": variant.fp_fusion,
+        "maxnreg": variant.max_registers,
     }
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = resources(built.asm["cubin"])

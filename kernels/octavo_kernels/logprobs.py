@@ -1,8 +1,9 @@
 """Logprobs and logits that requests ask to see: of the chosen, the most likely and the requested tokens, with the rank.
 
-Log
-  one program per row that asks, two passes for the sum and one per top token: at most 20 + 3 passes over L2, ~40 us for
-  the rows that ask for 20. A partial sort would save passes; few rows ask. Not measured.
+Log (Triton 3.7.1; no GPU was at hand: times are predictions, not measured)
+  one program per row that asks, two passes for the sum, one for the rank and one per top token: 5 to 23 passes over L2,
+  ~2 us each for a row. A partial sort would save passes; few rows ask.
+  loads masked by the padded width: masked by 50257 they are 2 bytes each.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_kernels.checks import require_device
+from octavo_kernels.sampling import check_arguments
 from octavo_kernels.state import NUM_PARAMS, Feature, LogprobKind, Param, SlotState
 from octavo_kernels.variant import Variant
 from octavo_kernels.workspace import SamplerWorkspace
@@ -67,21 +70,22 @@ class LogprobBuffers:
 
 
 @triton.jit
-def _values(logits, scores, index, live, raw, lo, hi):
-    """Raw logits, or processed scores, -inf where a filter dropped them."""
+def _values(logits_ptr, scores_ptr, token, num_columns, vocab_size, raw, lo, hi):
+    """Raw logits, or processed scores, -inf where a filter dropped them and for what is no token."""
+    inside = (token >= 0) & (token < num_columns)
     if raw:
-        x = tl.load(logits + index, mask=live, other=-float("inf")).to(tl.float32)
+        x = tl.load(logits_ptr + token, mask=inside, other=-float("inf")).to(tl.float32)
     else:
-        x = tl.load(scores + index, mask=live, other=-float("inf"))
+        x = tl.load(scores_ptr + token, mask=inside, other=-float("inf"))
         x = tl.where((x >= lo) & (x <= hi), x, -float("inf"))
-    return x
+    return tl.where(token < vocab_size, x, -float("inf"))
 
 
-@triton.jit(do_not_specialize=["padding_slot", "max_requested"])
+@triton.jit(do_not_specialize=["padding_slot", "max_requested", "vocab_size"])
 def logprobs_kernel(
     logits_ptr, row_slots_ptr, results_ptr, params_ptr, requested_ids_ptr, scores_ptr, interval_ptr,
     chosen_ptr, ranks_ptr, top_ids_ptr, top_values_ptr, requested_ptr,
-    vocab_size, stride_logits, stride_scores, padding_slot, max_requested,
+    vocab_size, num_columns, stride_logits, stride_scores, padding_slot, max_requested,
     TILE_V: tl.constexpr, TILE_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -104,33 +108,36 @@ def logprobs_kernel(
         hi = tl.load(interval_ptr + row * 2 + 1)
     offsets = tl.arange(0, TILE_V)
     peak = -float("inf")
-    for start in range(0, vocab_size, TILE_V):
+    for start in range(0, num_columns, TILE_V):
         index = start + offsets
-        peak = tl.maximum(peak, tl.max(_values(logits, scores, index, index < vocab_size, raw, lo, hi), 0))
+        peak = tl.maximum(peak, tl.max(_values(logits, scores, index, num_columns, vocab_size, raw, lo, hi), 0))
+    log_total = 0.0
     shift = 0.0
     if (kind == _RAW_LOGPROB) | (kind == _PROCESSED_LOGPROB):
         total = 0.0
-        for start in range(0, vocab_size, TILE_V):
+        for start in range(0, num_columns, TILE_V):
             index = start + offsets
-            total += tl.sum(tl.exp(_values(logits, scores, index, index < vocab_size, raw, lo, hi) - peak), 0)
-        shift = peak + tl.log(total)
-    chosen = tl.max(_values(logits, scores, token + tl.arange(0, 2) * 0, tl.arange(0, 2) < 2, raw, lo, hi), 0)
+            total += tl.sum(tl.exp(_values(logits, scores, index, num_columns, vocab_size, raw, lo, hi) - peak), 0)
+        log_total = tl.log(total)
+        shift = peak
+    chosen = _values(logits, scores, token, num_columns, vocab_size, raw, lo, hi)
+    chosen = chosen - shift - log_total
     rank = 1
-    for start in range(0, vocab_size, TILE_V):
+    for start in range(0, num_columns, TILE_V):
         index = start + offsets
-        x = _values(logits, scores, index, index < vocab_size, raw, lo, hi)
-        rank += tl.sum(((x > chosen) & (index < vocab_size)).to(tl.int32), 0)
-    tl.store(chosen_ptr + row, chosen - shift)
+        x = _values(logits, scores, index, num_columns, vocab_size, raw, lo, hi)
+        rank += tl.sum((x - shift - log_total > chosen).to(tl.int32), 0)
+    tl.store(chosen_ptr + row, chosen)
     tl.store(ranks_ptr + row, rank)
     last = float("inf")
     last_id = -1
     for place in range(0, tl.minimum(tl.load(params + _NUM_TOP), _MAX_TOP)):
         best = -float("inf")
         best_id = _NO_TOKEN
-        for start in range(0, vocab_size, TILE_V):
+        for start in range(0, num_columns, TILE_V):
             index = start + offsets
             live = index < vocab_size
-            x = _values(logits, scores, index, live, raw, lo, hi)
+            x = _values(logits, scores, index, num_columns, vocab_size, raw, lo, hi)
             after = live & ((x < last) | ((x == last) & (index > last_id)))
             tile_best = tl.max(tl.where(after, x, -float("inf")), 0)
             tile_id = tl.min(tl.where(after & (x == tile_best), index, _NO_TOKEN), 0)
@@ -138,15 +145,15 @@ def logprobs_kernel(
             best = tl.where(better, tile_best, best)
             best_id = tl.where(better, tile_id, best_id)
         tl.store(top_ids_ptr + row * _MAX_TOP + place, best_id)
-        tl.store(top_values_ptr + row * _MAX_TOP + place, best - shift)
+        tl.store(top_values_ptr + row * _MAX_TOP + place, best - shift - log_total)
         last = best
         last_id = best_id
     asked = tl.arange(0, TILE_R)
     live = asked < tl.minimum(tl.load(params + _NUM_REQUESTED), max_requested)
     name = tl.load(requested_ids_ptr + slot * max_requested + asked, mask=live, other=0)
     live = live & (name >= 0) & (name < vocab_size)
-    x = _values(logits, scores, name, live, raw, lo, hi)
-    tl.store(requested_ptr + row * max_requested + asked, x - shift, mask=live)
+    x = _values(logits, scores, name, num_columns, vocab_size, raw, lo, hi)
+    tl.store(requested_ptr + row * max_requested + asked, x - shift - log_total, mask=live)
 
 
 def gather_logprobs(
@@ -163,18 +170,13 @@ def gather_logprobs(
     logits, row_slots, results: as in `sample`. Writes the first R rows of out where a row asks and has a token; the
     first NUM_TOP and NUM_REQUESTED columns. Returns out. Raises ValueError naming the argument.
     """
-    num_rows, device = row_slots.shape[0], state.arena.device
-    if logits.dim() != 2 or logits.shape[0] != num_rows or logits.shape[1] < state.vocab_size or logits.stride(1) != 1:
-        raise ValueError(f"logits: must be [{num_rows}, at least {state.vocab_size}], rows contiguous")
-    if results.dtype != torch.int32 or results.shape != (num_rows, 4) or not results.is_contiguous():
-        raise ValueError(f"results: must be contiguous int32 [{num_rows}, 4]")
-    if workspace.max_rows < num_rows or out.chosen.shape[0] < num_rows:
-        raise ValueError(f"workspace, out: room for fewer than {num_rows} rows")
+    num_rows = row_slots.numel()
+    check_arguments(logits, state, row_slots, workspace, results)
+    if out.chosen.shape[0] < num_rows:
+        raise ValueError(f"out: {out.chosen.shape[0]} rows, {num_rows} needed")
     if out.requested.shape[1] != state.requested_ids.shape[1]:
         raise ValueError(f"out: requested has {out.requested.shape[1]} columns, not {state.requested_ids.shape[1]}")
-    for name, tensor in (("logits", logits), ("row_slots", row_slots), ("results", results), ("out", out.chosen)):
-        if tensor.device != device:
-            raise ValueError(f"{name}: must be on {device}")
+    require_device("out", out.chosen, state.arena)
     if num_rows == 0:
         return out
     max_requested = state.requested_ids.shape[1]
@@ -192,11 +194,12 @@ def gather_logprobs(
         out.top_values,
         out.requested,
         state.vocab_size,
+        min(logits.shape[1], workspace.scores.shape[1]),
         logits.stride(0),
         workspace.scores.stride(0),
         state.padding_slot,
         max_requested,
-        TILE_V=min(TILE, triton.next_power_of_2(state.vocab_size)),
+        TILE_V=TILE,
         TILE_R=triton.next_power_of_2(max_requested),
         num_warps=8,
         enable_fp_fusion=False,
@@ -207,7 +210,7 @@ def gather_logprobs(
 def compile_variants() -> list[Variant]:
     ints = ("row_slots_ptr", "results_ptr", "params_ptr", "requested_ids_ptr", "ranks_ptr", "top_ids_ptr")
     floats = ("scores_ptr", "interval_ptr", "chosen_ptr", "top_values_ptr", "requested_ptr")
-    numbers = ("vocab_size", "stride_logits", "stride_scores", "padding_slot", "max_requested")
+    numbers = ("vocab_size", "num_columns", "stride_logits", "stride_scores", "padding_slot", "max_requested")
     return [
         Variant(
             name=f"logprobs/{dtype}",
@@ -220,10 +223,9 @@ def compile_variants() -> list[Variant]:
                 **dict.fromkeys(("TILE_V", "TILE_R"), "constexpr"),
             },
             constexprs={"TILE_V": TILE, "TILE_R": 128},
-            divisible=frozenset((*ints, *floats, "logits_ptr", "stride_logits", "stride_scores")),
+            divisible=frozenset((*ints, *floats, "logits_ptr", "num_columns", "stride_logits", "stride_scores")),
             num_warps=8,
             fp_fusion=False,
-            wide_loads=False,
         )
         for dtype in ("bf16", "fp32")
     ]

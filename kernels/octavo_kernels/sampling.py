@@ -4,37 +4,51 @@ One program per row, which always walks its row in the same tiles: a row's resul
 the batch. The order of steps and their numbers are those of transformers' generate(); `reference/sampling.py` says the
 same in plain torch.
 
-B  process: logits, rounded to the model's type, to scores (`processors.py`), over the temperature. Greedy rows end
-here. C  filter: each filter keeps an interval of scores, of what the one before left, so a row carries two numbers and
-no mask (`filters.py`). With top_k the candidates are copied out once and the rest works on them. D  draw:
+B  process: logits to scores (`processors.py`), over the temperature, with the largest of each lane of a tile. Greedy
+rows end here. C  filter: each filter keeps an interval of scores, so a row carries two numbers and no mask
+(`filters.py`); the largest scores are copied out once, and the filters work on them in registers. D  draw:
 argmax(softmax(x) / q) over the interval, q by `philox.py`, the lowest token on ties.
 
-Log
-  one program per row: 50257 columns are 201 KB, which each pass reads from L2 again. Predicted: greedy 3 us, top_k 50
-  ~20 us (four passes of the radix select, one of compaction), top_p over a whole row ~80 us (32 passes). Not measured.
-  filters written one after another, each with passes of its own: 255 registers at 4096 columns a tile, over 10 minutes
-  of compilation for everything inlined. One loop over the filters, each pass once: 255 registers, 56 s. 2048 columns a
-  tile, 8 warps (now): 212 registers, no spills, 16 KB of shared memory, 11 s (sm_90, Triton 3.7).
+Log (variants, what they gave; sm_90, Triton 3.7.1; no GPU was at hand: times are predictions, not measured)
+  maxima and their tokens per lane, reduced once: a reduction per tile costs ~100 cycles, 13 tiles a row.
+  loads masked by the padded width: masked by 50257 they are 2 bytes each, see `Variant.wide_loads`.
+  rows without processors keep no scores: with top_k they are two passes over bf16 logits, ~3 us each for a row; fp32
+  scores of 256 rows (51 MB) would not stay in L2.
+  noise for survivors only: a full row is ~65 instructions for each of 50257, ~15 us; after top_k 50 it is nothing. Of a
+  whole row, a tile whose largest probability cannot win whatever its noise is skipped.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_kernels.filters import filter_row
-from octavo_kernels.philox import exponentials, random_words
-from octavo_kernels.processors import allowed_peak, process_tile
+from octavo_kernels.checks import FLOATS, require_contiguous, require_dense_rows, require_device, require_floats
+from octavo_kernels.filters import (
+    FILTERS,
+    MOST_RANKED,
+    filter_row,
+    float_param,
+    is_guess,
+    num_candidates,
+    threshold_of_lanes,
+    total_of,
+)
+from octavo_kernels.philox import LARGEST_RATIO, exponentials, random_words
+from octavo_kernels.processors import KEEPS_SCORES, USES_SCORES, has_bit, process_tile
 from octavo_kernels.state import NUM_PARAMS, Bitmap, Feature, Finish, Param, SlotState
 from octavo_kernels.variant import Variant
 from octavo_kernels.workspace import WINDOW, SamplerWorkspace
 
 TILE: Final = 2048
-RESULT_COLUMNS: Final = 4
+"""Columns of a row that are worked on at a time."""
+NUM_WARPS: Final = 8
+MAX_REGISTERS: Final = 128
+"""Per thread: two programs fit a multiprocessor."""
 
 _FEATURES = tl.constexpr(int(Param.FEATURES))
 _SEED_LOW = tl.constexpr(int(Param.SEED_LOW))
@@ -43,15 +57,13 @@ _ROW = tl.constexpr(int(Param.ROW))
 _NUM_ROWS = tl.constexpr(int(Param.NUM_ROWS))
 _PROMPT_LEN = tl.constexpr(int(Param.PROMPT_LEN))
 _MAX_TOTAL = tl.constexpr(int(Param.MAX_TOTAL))
-_TEMPERATURE = tl.constexpr(int(Param.TEMPERATURE))
+_TEMPERATURE_VALUE = tl.constexpr(int(Param.TEMPERATURE))
 _NUM_PARAMS = tl.constexpr(NUM_PARAMS)
 _SAMPLE = tl.constexpr(int(Feature.SAMPLE))
-_HAS_TEMPERATURE = tl.constexpr(int(Feature.TEMPERATURE))
+_TEMPERATURE = tl.constexpr(int(Feature.TEMPERATURE))
 _ALLOWED = tl.constexpr(int(Feature.ALLOWED))
 _REPETITION = tl.constexpr(int(Feature.REPETITION_PENALTY))
 _OUTPUT_PENALTY = tl.constexpr(int(Feature.OUTPUT_PENALTY))
-_LOGPROBS = tl.constexpr(int(Feature.LOGPROBS))
-_ADJUSTED = tl.constexpr(int(Feature.BIAS | Feature.OUTPUT_PENALTY))
 _SEEN = tl.constexpr(int(Bitmap.SEEN))
 _EOS = tl.constexpr(int(Bitmap.EOS))
 _END = tl.constexpr(int(Bitmap.END))
@@ -66,92 +78,338 @@ _NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _has_bit(bitmap_ptr, token):
-    return ((tl.load(bitmap_ptr + token // 32) >> (token % 32)) & 1) != 0
+def scaled(x, params_ptr, features, RECIPROCAL: tl.constexpr):
+    """Step 18 of rows that sample: scores over the temperature, as PyTorch divides by a Python number."""
+    if (features & (_SAMPLE | _TEMPERATURE)) == (_SAMPLE | _TEMPERATURE):
+        temperature = float_param(params_ptr, _TEMPERATURE_VALUE)
+        if RECIPROCAL:
+            x = x * tl.math.div_rn(1.0, temperature)
+        else:
+            x = tl.math.div_rn(x, temperature)
+    return x
 
 
 @triton.jit
-def _load_float(params, column):
-    return tl.load(params + column).to(tl.float32, bitcast=True)
+def _is_bad(logits_ptr, num_columns, vocab_size, TILE: tl.constexpr):
+    """1 if the model gave NaN or +inf, else 0."""
+    bad = tl.zeros([TILE], tl.int32)
+    for start in range(0, num_columns, TILE):
+        token = start + tl.arange(0, TILE)
+        x = tl.load(logits_ptr + token, mask=token < num_columns, other=0.0).to(tl.float32)
+        bad |= ((token < vocab_size) & ((x < float("inf")) == 0)).to(tl.int32)
+    return tl.max(bad, 0)
 
 
 @triton.jit
-def _count_token(num_counts_ptr, ids, counts, token, capacity, TILE_C: tl.constexpr):
-    """One more of `token` in a slot's list of distinct output tokens."""
-    known = tl.minimum(tl.load(num_counts_ptr), capacity)
-    place = known
-    for start in range(0, known, TILE_C):
-        index = start + tl.arange(0, TILE_C)
-        match = (tl.load(ids + index, mask=index < known, other=-1) == token) & (index < known)
-        place = tl.minimum(place, tl.min(tl.where(match, index, capacity), 0))
-    if place < known:
-        tl.store(counts + place, tl.load(counts + place) + 1)
-    elif known < capacity:
-        tl.store(ids + known, token)
-        tl.store(counts + known, 1)
-        tl.store(num_counts_ptr, known + 1)
+def _process(
+    logits_ptr,
+    scores_ptr,
+    bitmaps_ptr,
+    banned_ptr,
+    words,
+    params_ptr,
+    features,
+    length,
+    num_columns,
+    vocab_size,
+    RECIPROCAL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """B. Of each lane of a tile: the largest score, its first token, whether it met a NaN; then whether to do it again.
+
+    Writes the scores of rows that keep them, -inf from vocab_size on.
+    """
+    best = tl.full([TILE], -float("inf"), tl.float32)
+    where = tl.full([TILE], _NO_TOKEN, tl.int32)
+    broken = tl.zeros([TILE], tl.int32)
+    if (features & KEEPS_SCORES) == 0:
+        for start in range(0, num_columns, TILE):
+            token = start + tl.arange(0, TILE)
+            x = tl.load(logits_ptr + token, mask=token < num_columns, other=-float("inf")).to(tl.float32)
+            x = tl.where(token < vocab_size, scaled(x, params_ptr, features, RECIPROCAL), -float("inf"))
+            broken |= (x != x).to(tl.int32)
+            better = x > best
+            best = tl.where(better, x, best)
+            where = tl.where(better, token, where)
+    else:
+        none_allowed = 0
+        turn = 0
+        while turn < 2:
+            best = tl.full([TILE], -float("inf"), tl.float32)
+            where = tl.full([TILE], _NO_TOKEN, tl.int32)
+            broken = tl.zeros([TILE], tl.int32)
+            possible = tl.zeros([TILE], tl.int32)
+            for start in range(0, num_columns, TILE):
+                token = start + tl.arange(0, TILE)
+                inside = token < num_columns
+                live = token < vocab_size
+                if (features & USES_SCORES) != 0:
+                    x = tl.load(scores_ptr + token, mask=inside, other=-float("inf"))
+                else:
+                    x = tl.load(logits_ptr + token, mask=inside, other=-float("inf")).to(tl.float32)
+                x, candidates = process_tile(
+                    x,
+                    token,
+                    live,
+                    bitmaps_ptr,
+                    banned_ptr,
+                    words,
+                    params_ptr,
+                    features,
+                    length,
+                    none_allowed,
+                    RECIPROCAL,
+                )
+                possible |= candidates
+                x = tl.where(live, scaled(x, params_ptr, features, RECIPROCAL), -float("inf"))
+                tl.store(scores_ptr + token, x, mask=inside)
+                broken |= (x != x).to(tl.int32)
+                better = x > best
+                best = tl.where(better, x, best)
+                where = tl.where(better, token, where)
+            turn += 1
+            if ((features & _ALLOWED) == 0) | (tl.max(possible, 0) != 0):
+                turn = 2
+            none_allowed = 1
+    return best, where, broken
+
+
+@triton.jit
+def _tile_of_scores(
+    logits_ptr, scores_ptr, token, params_ptr, features, num_columns, vocab_size, RECIPROCAL: tl.constexpr
+):
+    """What `_process` saw: of rows that keep no scores it is computed again."""
+    inside = token < num_columns
+    if (features & KEEPS_SCORES) != 0:
+        x = tl.load(scores_ptr + token, mask=inside, other=-float("inf"))
+    else:
+        x = tl.load(logits_ptr + token, mask=inside, other=-float("inf")).to(tl.float32)
+        x = tl.where(token < vocab_size, scaled(x, params_ptr, features, RECIPROCAL), -float("inf"))
+    return x
+
+
+@triton.jit
+def _copy_candidates(
+    logits_ptr,
+    scores_ptr,
+    values_ptr,
+    ids_ptr,
+    params_ptr,
+    features,
+    peak,
+    threshold,
+    num_columns,
+    vocab_size,
+    RECIPROCAL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Copies the finite scores from threshold on, in order of their tokens, as many as fit.
+
+    Returns their number and the sum of exp(x - peak) of the others, 0 unless the candidates are a guess.
+    """
+    count = 0
+    rest = tl.zeros([TILE], tl.float32)
+    for start in range(0, num_columns, TILE):
+        token = start + tl.arange(0, TILE)
+        x = _tile_of_scores(logits_ptr, scores_ptr, token, params_ptr, features, num_columns, vocab_size, RECIPROCAL)
+        chosen = (x >= threshold) & (x > -float("inf"))
+        if is_guess(features):
+            rest += tl.where(chosen, 0.0, tl.exp(x - peak))
+        number = tl.sum(chosen.to(tl.int32), 0)
+        if number > 0:
+            place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
+            fits = chosen & (place < _WINDOW)
+            tl.store(values_ptr + place, x, mask=fits)
+            tl.store(ids_ptr + place, token, mask=fits)
+        count += number
+    return count, tl.sum(rest, 0)
+
+
+@triton.jit
+def _store_scores(
+    logits_ptr, scores_ptr, params_ptr, features, num_columns, vocab_size, RECIPROCAL: tl.constexpr, TILE: tl.constexpr
+):
+    for start in range(0, num_columns, TILE):
+        token = start + tl.arange(0, TILE)
+        x = _tile_of_scores(logits_ptr, scores_ptr, token, params_ptr, features, num_columns, vocab_size, RECIPROCAL)
+        tl.store(scores_ptr + token, x, mask=token < num_columns)
 
 
 @triton.jit
 def _draw(
-    values,
+    row_ptr,
+    resident,
     ids,
     width,
-    compacted,
     lo,
     hi,
-    params,
-    length,
+    peak,
+    params_ptr,
+    step,
     vocab_size,
     num_threads,
-    FAST_LOG: tl.constexpr,
-    TILE_V: tl.constexpr,
+    NATIVE_LOG: tl.constexpr,
+    TILE: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
-    """The token that wins the race over lo <= x <= hi of `width` values, and its score."""
-    low = tl.load(params + _SEED_LOW).to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = tl.load(params + _SEED_HIGH).to(tl.uint32, bitcast=True).to(tl.uint64)
+    """D. The token that wins the race over lo <= x <= hi, the largest of which is `peak`."""
+    low = tl.load(params_ptr + _SEED_LOW).to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = tl.load(params_ptr + _SEED_HIGH).to(tl.uint32, bitcast=True).to(tl.uint64)
     seed = (high << 32) | low
-    first = tl.load(params + _ROW) * vocab_size
-    num_elements = tl.load(params + _NUM_ROWS) * vocab_size
-    step = length - tl.load(params + _PROMPT_LEN)
-    offsets = tl.arange(0, TILE_V)
-    peak = -float("inf")
-    total = 0.0
-    for start in range(0, width, TILE_V):
-        index = start + offsets
-        x = tl.load(values + index, mask=index < width, other=-float("inf"))
+    first = tl.load(params_ptr + _ROW) * vocab_size
+    num_elements = tl.load(params_ptr + _NUM_ROWS) * vocab_size
+    total = total_of(row_ptr, resident, width, lo, hi, peak, TILE, RESIDENT)
+    best = 0.0
+    winner = _NO_TOKEN
+    for start in range(0, width, TILE):
+        if RESIDENT:
+            token = ids
+            x = resident
+        else:
+            token = start + tl.arange(0, TILE)
+            x = tl.load(row_ptr + token, mask=token < width, other=-float("inf"))
         x = tl.where((x >= lo) & (x <= hi), x, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(x, 0))
-        safe = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        total = total * tl.exp(peak - safe) + tl.sum(tl.exp(x - safe), 0)
-        peak = new_peak
-    best = -float("inf")
+        p = tl.math.div_rn(tl.exp(x - peak), total)
+        if tl.max(p, 0) * LARGEST_RATIO > best:
+            words = random_words(seed, step, first + token, num_elements, num_threads)
+            ratio = tl.math.div_rn(p, exponentials(words, NATIVE_LOG))
+            largest = tl.max(ratio, 0)
+            if largest > best:
+                winner = tl.min(tl.where(ratio == largest, token, _NO_TOKEN), 0)
+                best = largest
+    return winner
+
+
+@triton.jit
+def _choose(
+    logits_ptr,
+    scores_ptr,
+    values_ptr,
+    ids_ptr,
+    interval_ptr,
+    params_ptr,
+    features,
+    lanes,
+    peak,
+    step,
+    num_columns,
+    vocab_size,
+    num_threads,
+    RECIPROCAL: tl.constexpr,
+    NATIVE_LOG: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """C and D of a row that samples: its token and that one's score."""
     token = _NO_TOKEN
-    score = -float("inf")
-    for start in range(0, width, TILE_V):
-        index = start + offsets
-        live = index < width
-        x = tl.load(values + index, mask=live, other=-float("inf"))
-        inside = live & (x >= lo) & (x <= hi) & (x > -float("inf"))
-        if tl.max(inside.to(tl.int32), 0) != 0:
-            name = index
-            if compacted:
-                name = tl.load(ids + index, mask=live, other=0)
-            words = random_words(seed, step, first + name, num_elements, num_threads)
-            noise = exponentials(words, FAST_LOG)
-            ratio = tl.where(inside, tl.math.div_rn(tl.math.div_rn(tl.exp(x - peak), total), noise), -1.0)
-            tile_best = tl.max(ratio, 0)
-            tile_token = tl.min(tl.where(ratio == tile_best, name, _NO_TOKEN), 0)
-            tile_score = tl.max(tl.where((ratio == tile_best) & (name == tile_token), x, -float("inf")), 0)
-            better = (tile_best > best) | ((tile_best == best) & (tile_token < token))
-            best = tl.where(better, tile_best, best)
-            token = tl.where(better, tile_token, token)
-            score = tl.where(better, tile_score, score)
+    score = peak
+    lo = -float("inf")
+    hi = peak
+    valid = 0
+    wanted = num_candidates(params_ptr, features)
+    if ((features & FILTERS) != 0) & (wanted <= MOST_RANKED):
+        threshold = threshold_of_lanes(lanes, wanted)
+        count, rest = _copy_candidates(
+            logits_ptr,
+            scores_ptr,
+            values_ptr,
+            ids_ptr,
+            params_ptr,
+            features,
+            peak,
+            threshold,
+            num_columns,
+            vocab_size,
+            RECIPROCAL,
+            TILE,
+        )
+        if count <= _WINDOW:
+            tl.debug_barrier()  # candidates are read by other threads than wrote them
+            place = tl.arange(0, _WINDOW)
+            x = tl.load(values_ptr + place, mask=place < count, other=-float("inf"))
+            lo, hi, valid = filter_row(
+                values_ptr, x, _WINDOW, params_ptr, features, peak, rest, threshold, values_ptr, _WINDOW, True, _WINDOW
+            )
+            if valid != 0:
+                ids = tl.load(ids_ptr + place, mask=place < count, other=_NO_TOKEN)
+                token = _draw(
+                    values_ptr,
+                    x,
+                    ids,
+                    _WINDOW,
+                    lo,
+                    hi,
+                    hi,
+                    params_ptr,
+                    step,
+                    vocab_size,
+                    num_threads,
+                    NATIVE_LOG,
+                    _WINDOW,
+                    True,
+                )
+                score = tl.max(tl.where(ids == token, x, -float("inf")), 0)
+    if valid == 0:
+        if (features & KEEPS_SCORES) == 0:
+            _store_scores(logits_ptr, scores_ptr, params_ptr, features, num_columns, vocab_size, RECIPROCAL, TILE)
+        tl.debug_barrier()
+        lo = -float("inf")
+        hi = peak
+        if (features & FILTERS) != 0:
+            lo, hi, valid = filter_row(
+                scores_ptr,
+                lanes,
+                num_columns,
+                params_ptr,
+                features,
+                peak,
+                peak * 0.0,
+                peak,
+                values_ptr,
+                TILE,
+                False,
+                _WINDOW,
+            )
+        token = _draw(
+            scores_ptr,
+            lanes,
+            0,
+            num_columns,
+            lo,
+            hi,
+            hi,
+            params_ptr,
+            step,
+            vocab_size,
+            num_threads,
+            NATIVE_LOG,
+            TILE // 2,
+            False,
+        )
+        score = tl.load(scores_ptr + token)
+    tl.store(interval_ptr, lo)
+    tl.store(interval_ptr + 1, hi)
     return token, score
 
 
-@triton.jit(do_not_specialize=["padding_slot", "num_threads"])
-def sample_kernel(
+@triton.jit
+def _count(num_counts_ptr, ids_ptr, counts_ptr, token, capacity, TILE: tl.constexpr):
+    """One more of token in a slot's list of distinct output tokens."""
+    known = tl.minimum(tl.maximum(tl.load(num_counts_ptr), 0), capacity)
+    place = known
+    for start in range(0, known, TILE):
+        index = start + tl.arange(0, TILE)
+        found = (tl.load(ids_ptr + index, mask=index < known, other=-1) == token) & (index < known)
+        place = tl.minimum(place, tl.min(tl.where(found, index, known), 0))
+    if place < known:
+        tl.store(counts_ptr + place, tl.load(counts_ptr + place) + 1)
+    elif known < capacity:
+        tl.store(ids_ptr + known, token)
+        tl.store(counts_ptr + known, 1)
+        tl.store(num_counts_ptr, known + 1)
+
+
+@triton.jit(do_not_specialize=["padding_slot", "num_threads", "vocab_size"])
+def _sample_kernel(
     logits_ptr,
     row_slots_ptr,
     results_ptr,
@@ -166,129 +424,98 @@ def sample_kernel(
     scores_ptr,
     banned_ptr,
     interval_ptr,
-    candidate_values_ptr,
-    candidate_ids_ptr,
-    vocab_size,
-    num_words,
+    values_ptr,
+    ids_ptr,
     stride_logits,
     stride_scores,
-    stride_hist,
+    num_columns,  # of logits and scores
+    vocab_size,
+    bitmap_words,
+    hist_width,
     padding_slot,
     num_threads,
     RECIPROCAL: tl.constexpr,
-    FAST_LOG: tl.constexpr,
-    TILE_V: tl.constexpr,
+    NATIVE_LOG: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(row_slots_ptr + row).to(tl.int64)
-    result = results_ptr + row * 4
-    known = (slot >= 0) & (slot < padding_slot)
-    if known:
-        known = tl.load(finished_ptr + slot) == 0
-    if not known:
-        tl.store(result, -1)
-        tl.store(result + 1, 0)
-        return
-    params = params_ptr + slot * _NUM_PARAMS
-    features = tl.load(params + _FEATURES)
-    length = tl.load(length_ptr + slot)
-    logits = logits_ptr + row * stride_logits
-    scores = scores_ptr + row * stride_scores
-    bitmaps = bitmaps_ptr + slot * num_words * _NUM_BITMAPS
-    banned = banned_ptr + row * num_words
-    samples = (features & _SAMPLE) != 0
-    offsets = tl.arange(0, TILE_V)
-
-    peak_allowed = 0.0
-    if (features & _ALLOWED) != 0:
-        peak_allowed = allowed_peak(
-            logits, scores, bitmaps, banned, params, features, length, vocab_size, num_words, RECIPROCAL, TILE_V
+    running = (slot >= 0) & (slot < padding_slot)
+    running &= tl.load(finished_ptr + slot, mask=running, other=1) == 0
+    length = tl.load(length_ptr + slot, mask=running, other=-1)
+    token = -1
+    finish = 0
+    score = 0.0
+    if (length >= 0) & (length < hist_width):
+        params_ptr += slot * _NUM_PARAMS
+        features = tl.load(params_ptr + _FEATURES)
+        logits_ptr += row * stride_logits
+        scores_ptr += row * stride_scores
+        bitmaps_ptr += slot * _NUM_BITMAPS * bitmap_words
+        lanes, where, broken = _process(
+            logits_ptr,
+            scores_ptr,
+            bitmaps_ptr,
+            banned_ptr + row * bitmap_words,
+            bitmap_words,
+            params_ptr,
+            features,
+            length,
+            num_columns,
+            vocab_size,
+            RECIPROCAL,
+            TILE,
         )
-    temperature = 1.0
-    if samples & ((features & _HAS_TEMPERATURE) != 0):
-        temperature = _load_float(params, _TEMPERATURE)
-    keeps = samples | ((features & _LOGPROBS) != 0)
-    best = -float("inf")
-    token = 0
-    bad_logits = 0
-    bad_scores = 0
-    for start in range(0, vocab_size, TILE_V):
-        index = start + offsets
-        live = index < vocab_size
-        raw = tl.load(logits + index, mask=live, other=0.0).to(tl.float32)
-        bad_logits |= tl.max((live & ((raw != raw) | (raw == float("inf")))).to(tl.int32), 0)
-        x = raw
-        if (features & _ADJUSTED) != 0:
-            x = tl.load(scores + index, mask=live, other=0.0)
-        x = process_tile(
-            x, index, live, bitmaps, banned, params, features, length, num_words, peak_allowed, RECIPROCAL, False
-        )
-        if temperature != 1.0:
-            if RECIPROCAL:
-                x = x * tl.math.div_rn(1.0, temperature)
+        score = tl.max(lanes, 0)
+        samples = (features & _SAMPLE) != 0
+        failed = (tl.max(broken, 0) != 0) | (score == -float("inf")) | (samples & (score == float("inf")))
+        if failed:
+            bad_logits = _is_bad(logits_ptr, num_columns, vocab_size, TILE)
+            finish = tl.where(bad_logits != 0, _BAD_LOGITS, _BAD_SCORES)
+            tl.store(finished_ptr + slot, finish)
+        else:
+            if samples:
+                token, score = _choose(
+                    logits_ptr,
+                    scores_ptr,
+                    values_ptr + row * _WINDOW,
+                    ids_ptr + row * _WINDOW,
+                    interval_ptr + row * 2,
+                    params_ptr,
+                    features,
+                    lanes,
+                    score,
+                    length - tl.load(params_ptr + _PROMPT_LEN),
+                    num_columns,
+                    vocab_size,
+                    num_threads,
+                    RECIPROCAL,
+                    NATIVE_LOG,
+                    TILE,
+                )
             else:
-                x = tl.math.div_rn(x, temperature + tl.zeros([TILE_V], tl.float32))
-        if keeps:
-            tl.store(scores + index, x, mask=live)
-        bad_scores |= tl.max((live & (x != x)).to(tl.int32), 0)
-        x = tl.where(live & (x == x), x, -float("inf"))
-        tile_best = tl.max(x, 0)
-        tile_token = tl.min(tl.where((x == tile_best) & live, index, _NO_TOKEN), 0)
-        better = tile_best > best
-        best = tl.where(better, tile_best, best)
-        token = tl.where(better, tile_token, token)
-    failed = (bad_scores != 0) | (best == -float("inf")) | (samples & (best == float("inf")))
-    if failed:
-        reason = tl.where(bad_logits != 0, _BAD_LOGITS, _BAD_SCORES)
-        tl.store(result, -1)
-        tl.store(result + 1, reason)
-        tl.store(finished_ptr + slot, reason)
-        return
-    score = best
-    lo = -float("inf")
-    hi = float("inf")
-    if samples:
-        tl.debug_barrier()
-        candidates = candidate_values_ptr + row * _WINDOW
-        ids = candidate_ids_ptr + row * _WINDOW
-        lo, hi, count = filter_row(scores, candidates, ids, params, features, vocab_size, best, TILE_V)
-        tl.debug_barrier()
-        values = scores
-        width = vocab_size
-        if count >= 0:
-            values = candidates
-            width = count
-        token, score = _draw(
-            values, ids, width, count >= 0, lo, hi, params, length, vocab_size, num_threads, FAST_LOG, TILE_V
-        )
-    tl.store(interval_ptr + row * 2, lo)
-    tl.store(interval_ptr + row * 2 + 1, hi)
-
-    capacity = stride_hist
-    tl.store(hist_ptr + slot * stride_hist + length, token, mask=length < capacity)
-    tl.store(length_ptr + slot, length + 1)
-    if (features & _REPETITION) != 0:
-        word = bitmaps + _SEEN * num_words + token // 32
-        tl.store(word, tl.load(word) | (1 << (token % 32)))
-    if (features & _OUTPUT_PENALTY) != 0:
-        _count_token(
-            num_counts_ptr + slot,
-            count_ids_ptr + slot * stride_hist,
-            counts_ptr + slot * stride_hist,
-            token,
-            capacity,
-            256,
-        )
-    finish = tl.where(length + 1 >= tl.load(params + _MAX_TOTAL), _BY_LENGTH, 0)
-    if _has_bit(bitmaps + _END * num_words, token):
-        finish = _BY_STOP_TOKEN + finish * 0
-    if _has_bit(bitmaps + _EOS * num_words, token):
-        finish = _BY_EOS + finish * 0
-    tl.store(finished_ptr + slot, finish)
-    tl.store(result, token)
-    tl.store(result + 1, finish)
-    tl.store(result + 2, score.to(tl.int32, bitcast=True))
-    tl.store(result + 3, 0)
+                token = tl.min(tl.where(lanes == score, where, _NO_TOKEN), 0)
+            tl.store(hist_ptr + slot * hist_width + length, token)
+            tl.store(length_ptr + slot, length + 1)
+            if (features & _REPETITION) != 0:
+                word_ptr = bitmaps_ptr + _SEEN * bitmap_words + (token >> 5)
+                tl.store(word_ptr, tl.load(word_ptr) | (1 << (token & 31)))
+            if (features & _OUTPUT_PENALTY) != 0:
+                lists = slot * hist_width
+                _count(num_counts_ptr + slot, count_ids_ptr + lists, counts_ptr + lists, token, hist_width, 1024)
+            if has_bit(bitmaps_ptr + _EOS * bitmap_words, token, True):
+                finish = _BY_EOS
+            elif has_bit(bitmaps_ptr + _END * bitmap_words, token, True):
+                finish = _BY_STOP_TOKEN
+            elif length + 1 >= tl.load(params_ptr + _MAX_TOTAL):
+                finish = _BY_LENGTH
+            if finish != 0:
+                tl.store(finished_ptr + slot, finish)
+    result_ptr = results_ptr + row * 4
+    tl.store(result_ptr, token)
+    tl.store(result_ptr + 1, finish)
+    tl.store(result_ptr + 2, score.to(tl.int32, bitcast=True))
+    tl.store(result_ptr + 3, 0)
 
 
 def sample(
@@ -301,21 +528,27 @@ def sample(
     reciprocal: bool,
     num_threads: int,
 ) -> Tensor:
-    """Chooses a token for each row and moves its slot's state on: hist, length, seen tokens, counts, finished.
+    """Chooses a token for each row and moves its slot on: hist, length, finished; seen tokens and counts where used.
 
-    logits: [R, at least V] in the model's type, rows contiguous; columns from V on do not count. row_slots: int32 [R];
-    no slot twice, but the padding slot, whose rows, like those of slots that have finished, get the result -1. Rows
-    with BIAS or OUTPUT_PENALTY start from `workspace.scores`, those with dynamic bans use `workspace.banned`:
-    `apply_history` came before. results: int32 [R, 4] contiguous: token or -1, `Finish`, the chosen score's bits, 0.
-    reciprocal: numbers are divided as CUDA's PyTorch does it, by multiplying with the reciprocal. num_threads: see
-    `random_words`. Leaves scores and interval of rows that sample or report logprobs in the workspace. Returns results.
-    Raises ValueError naming the argument.
+    logits: [R, Vp] bf16, fp16 or fp32, Vp >= V, columns dense, those from V on do not count; widths and row strides
+    that are multiples of 16 give wide loads. row_slots: int32 [R] contiguous, no running slot twice. workspace: of R
+    rows or more; `apply_history` came before for rows with BIAS, OUTPUT_PENALTY, n-gram bans or bad words. results:
+    int32 [R, 4] contiguous: token, `Finish`, the token's score over the temperature by its bits, 0. reciprocal: scores
+    are divided by multiplying with the fp32 reciprocal, as CUDA does. num_threads: of `philox.random_words`, a multiple
+    of 256.
+
+    Token -1: rows of the padding slot, of slots out of range or finished and of slots whose length is none (finish 0,
+    nothing else is written); rows without a choice (finish NON_FINITE_LOGITS or NON_FINITE_SCORES, also in the state).
+    Leaves in the workspace what its fields say. Returns results. Raises ValueError naming an argument of another type,
+    shape, stride or device.
     """
-    num_rows = row_slots.shape[0]
-    _check(logits, state, row_slots, workspace, results)
+    check_arguments(logits, state, row_slots, workspace, results)
+    if num_threads < 256 or num_threads % 256 != 0:
+        raise ValueError(f"num_threads: {num_threads} is not a positive multiple of 256")
+    num_rows = row_slots.numel()
     if num_rows == 0:
         return results
-    sample_kernel[(num_rows,)](
+    _sample_kernel[(num_rows,)](
         logits,
         row_slots,
         results,
@@ -332,82 +565,71 @@ def sample(
         workspace.interval,
         workspace.candidate_values,
         workspace.candidate_ids,
-        state.vocab_size,
-        state.bitmaps.shape[2],
         logits.stride(0),
         workspace.scores.stride(0),
-        state.hist.stride(0),
+        min(logits.shape[1], workspace.scores.shape[1]),
+        state.vocab_size,
+        state.bitmaps.shape[2],
+        state.hist.shape[1],
         state.padding_slot,
         num_threads,
         RECIPROCAL=reciprocal,
-        FAST_LOG=logits.is_cuda,
-        TILE_V=min(TILE, triton.next_power_of_2(state.vocab_size)),
-        num_warps=8,
+        NATIVE_LOG=logits.is_cuda,
+        TILE=TILE,
+        num_warps=NUM_WARPS,
+        maxnreg=MAX_REGISTERS,
         enable_fp_fusion=False,
     )
     return results
 
 
-def _check(logits: Tensor, state: SlotState, row_slots: Tensor, workspace: SamplerWorkspace, results: Tensor) -> None:
-    num_rows, device = row_slots.shape[0], state.arena.device
+def check_arguments(
+    logits: Tensor, state: SlotState, row_slots: Tensor, workspace: SamplerWorkspace, results: Tensor
+) -> None:
+    """Raises ValueError naming the argument that does not fit the others."""
+    num_rows, vocab_size = row_slots.numel(), state.vocab_size
     if row_slots.dtype != torch.int32 or row_slots.dim() != 1 or not row_slots.is_contiguous():
-        raise ValueError("row_slots: must be contiguous int32 [R]")
-    if logits.dim() != 2 or logits.shape[0] != num_rows or logits.shape[1] < state.vocab_size:
-        raise ValueError(f"logits: must be [{num_rows}, at least {state.vocab_size}], not {list(logits.shape)}")
-    if logits.stride(1) != 1 or not logits.is_floating_point():
-        raise ValueError("logits: must be of a float type, rows contiguous")
-    if results.dtype != torch.int32 or results.shape != (num_rows, RESULT_COLUMNS) or not results.is_contiguous():
-        raise ValueError(f"results: must be contiguous int32 [{num_rows}, {RESULT_COLUMNS}]")
-    if workspace.vocab_size != state.vocab_size or workspace.max_rows < num_rows:
-        raise ValueError(f"workspace: is for {workspace.max_rows} rows of {workspace.vocab_size} tokens")
-    for name, tensor in (("logits", logits), ("row_slots", row_slots), ("results", results)):
-        if tensor.device != device:
-            raise ValueError(f"{name}: must be on {device}")
+        raise ValueError(f"row_slots: {row_slots.dtype} {tuple(row_slots.shape)}, not contiguous int32 [R]")
+    require_floats("logits", logits, FLOATS)
+    if logits.dim() != 2 or logits.shape[0] != num_rows or logits.shape[1] < vocab_size:
+        raise ValueError(f"logits: shape {tuple(logits.shape)}, not [{num_rows}, {vocab_size} or more]")
+    require_dense_rows("logits", logits)
+    if results.dtype != torch.int32 or tuple(results.shape) != (num_rows, 4):
+        raise ValueError(f"results: {results.dtype} {tuple(results.shape)}, not int32 [{num_rows}, 4]")
+    require_contiguous("results", results)
+    if workspace.vocab_size != vocab_size:
+        raise ValueError(f"workspace: of {workspace.vocab_size} tokens, the state has {vocab_size}")
+    if workspace.max_rows < num_rows:
+        raise ValueError(f"workspace: {workspace.max_rows} rows, {num_rows} needed")
+    for name, tensor in (
+        ("row_slots", row_slots),
+        ("logits", logits),
+        ("workspace", workspace.scores),
+        ("results", results),
+    ):
+        require_device(name, tensor, state.arena)
 
 
 def compile_variants() -> list[Variant]:
-    """GPT-2's vocabulary, and the demo model's in fp32."""
-    return [_variant("bf16", True), _variant("fp16", True), _variant("fp32", True)]
+    """Every form that the engine launches; both kinds of division, as tests launch both."""
+    return [
+        _variant(f"sampling/{dtype} {'reciprocal' if reciprocal else 'divide'}", dtype, reciprocal)
+        for dtype, reciprocal in (("bf16", True), ("fp16", True), ("fp32", True), ("fp32", False))
+    ]
 
 
-def _variant(dtype: str, reciprocal: bool) -> Variant:
-    ints = (
-        "row_slots_ptr",
-        "results_ptr",
-        "length_ptr",
-        "finished_ptr",
-        "params_ptr",
-        "hist_ptr",
-        "bitmaps_ptr",
-        "num_counts_ptr",
-        "count_ids_ptr",
-        "counts_ptr",
-        "banned_ptr",
-        "candidate_ids_ptr",
-    )
-    floats = ("scores_ptr", "interval_ptr", "candidate_values_ptr")
-    numbers = (
-        "vocab_size",
-        "num_words",
-        "stride_logits",
-        "stride_scores",
-        "stride_hist",
-        "padding_slot",
-        "num_threads",
-    )
+def _variant(name: str, dtype: str, reciprocal: bool) -> Variant:
+    constants: dict[str, Any] = {"RECIPROCAL": reciprocal, "NATIVE_LOG": True, "TILE": TILE}
+    pointers = {argument: "*i32" for argument in _sample_kernel.arg_names if argument.endswith("_ptr")}
+    pointers |= {"logits_ptr": f"*{dtype}", "scores_ptr": "*fp32", "interval_ptr": "*fp32", "values_ptr": "*fp32"}
+    signature = dict.fromkeys(_sample_kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
     return Variant(
-        name=f"sampling/sample {dtype}",
-        kernel=sample_kernel,
-        signature={
-            "logits_ptr": f"*{dtype}",
-            **dict.fromkeys(ints, "*i32"),
-            **dict.fromkeys(floats, "*fp32"),
-            **dict.fromkeys(numbers, "i32"),
-            **dict.fromkeys(("RECIPROCAL", "FAST_LOG", "TILE_V"), "constexpr"),
-        },
-        constexprs={"RECIPROCAL": reciprocal, "FAST_LOG": True, "TILE_V": TILE},
-        divisible=frozenset((*ints, *floats, "logits_ptr", "stride_logits", "stride_scores")),
-        num_warps=8,
+        name=name,
+        kernel=_sample_kernel,
+        signature=signature,
+        constexprs=constants,
+        divisible=frozenset({*pointers, "stride_logits", "stride_scores", "num_columns"}),
+        num_warps=NUM_WARPS,
+        max_registers=MAX_REGISTERS,
         fp_fusion=False,
-        wide_loads=False,
     )

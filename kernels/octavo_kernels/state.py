@@ -36,7 +36,7 @@ class Feature(enum.IntFlag):
     FORCED_BOS = 1 << 10  # 11
     FORCED_EOS = 1 << 11  # 12: bitmap FORCED_EOS
     REMOVE_INVALID = 1 << 12  # 13
-    DECAY = 1 << 13  # 14: bitmap EOS
+    DECAY = 1 << 13  # 14: bitmap END
     SUPPRESS = 1 << 14  # 15: bitmap SUPPRESS
     BEGIN_SUPPRESS = 1 << 15  # 16: bitmap BEGIN_SUPPRESS
     SAMPLE = 1 << 16

@@ -22,6 +22,7 @@ class Variant:
     divisible: frozenset[str] = frozenset()
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None  # per thread, `maxnreg` of the launch
     fp_fusion: bool = True
     wide_loads: bool = True  # 16-byte loads from global memory are expected
     mma: str | None = None  # tensor cores expected: "mma" everywhere, or "wgmma" on sm_90 (mma elsewhere)

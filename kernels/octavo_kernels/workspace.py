@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WINDOW = 1024
-"""Candidates of a row that the fast path holds: the largest top_k that it serves."""
+WINDOW = 2048
+"""Candidates of a row that the sampler holds in registers: enough for a top_k of 1024."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,14 @@ class SamplerWorkspace:
 
     vocab_size: int
     scores: Tensor
-    """fp32 [R, Vp] scores of a row; columns from V on are never read."""
+    """fp32 [R, Vp] scores of a row: from `history` those after step 4a; `sample` leaves those after all processors and
+    the temperature, of rows with processors or LOGPROBS."""
     banned: Tensor
     """int32 [R, W] bitmap of tokens that n-grams and bad words ban at this step."""
     interval: Tensor
-    """fp32 [R, 2] least and greatest score, after the temperature, that the filters kept."""
+    """fp32 [R, 2] bounds of the scores, after the temperature, that the filters kept; of rows that sample."""
     candidate_values: Tensor
-    """fp32 [R, WINDOW] the largest scores of a row, in no order."""
+    """fp32 [R, WINDOW] the largest scores of a row, in order of their tokens."""
     candidate_ids: Tensor
     """int32 [R, WINDOW] their tokens."""
 

@@ -11,6 +11,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from kernels.sampling_bench import EVERY_SCORE, NUM_THREADS, Device
 from octavo.step import LogprobSpec
 from octavo.types import LogprobKind
 from octavo.worker.device_states import DeviceStates
@@ -21,48 +22,9 @@ from octavo_kernels.sampling import sample
 from octavo_kernels.state import Bitmap, Feature, Finish, Param
 from octavo_kernels.workspace import SamplerWorkspace
 from reference.philox import draw, race_noise
-from worker.sampling import N_POSITIONS, Row, random_row, step_with
+from worker.sampling import N_POSITIONS, Row, random_row
 
-NUM_THREADS = 132 * 2048
 DYNAMIC = Feature.NO_REPEAT_NGRAM | Feature.ENCODER_NO_REPEAT_NGRAM | Feature.BAD_WORDS
-
-
-class Device:
-    """One slot per row, everything on the device."""
-
-    def __init__(self, rows: list[Row], device: torch.device) -> None:
-        self.rows = rows
-        self.vocab_size = rows[0].logits.numel()
-        self.states = DeviceStates(len(rows), N_POSITIONS, 16, self.vocab_size, device)
-        self.states.stage(step_with(new_requests=[row.request(slot) for slot, row in enumerate(rows)]))
-        offsets, values = self.states.take()
-        self.states.state.arena[torch.from_numpy(offsets).long().to(device)] = torch.from_numpy(values).to(device)
-        self.workspace = SamplerWorkspace.allocate(len(rows), self.vocab_size, device)
-        self.results = torch.full((len(rows), 4), 77, dtype=torch.int32, device=device)
-        padded = -(-self.vocab_size // 64) * 64
-        self.logits = torch.full((len(rows), padded), math.nan, dtype=rows[0].logits.dtype, device=device)
-        self.logits[:, : self.vocab_size] = torch.stack([row.logits for row in rows]).to(device)
-        self.slots = torch.arange(len(rows), dtype=torch.int32, device=device)
-
-    def sample(self) -> np.ndarray:
-        state, reciprocal = self.states.state, self.logits.is_cuda
-        apply_history(self.logits, state, self.slots, self.workspace, reciprocal=reciprocal)
-        sample(
-            self.logits,
-            state,
-            self.slots,
-            self.workspace,
-            self.results,
-            reciprocal=reciprocal,
-            num_threads=NUM_THREADS,
-        )
-        return self.results.cpu().numpy()
-
-    def processed(self, row: int) -> torch.Tensor:
-        """[V] scores, -inf where a filter dropped them."""
-        scores = self.workspace.scores[row, : self.vocab_size].cpu()
-        lo, hi = self.workspace.interval[row].tolist()
-        return torch.where((scores >= lo) & (scores <= hi), scores, -math.inf)
 
 
 @pytest.mark.parametrize(("vocab_size", "bf16", "count"), [(97, False, 8), (97, True, 6), (5000, False, 2)])
@@ -70,7 +32,7 @@ def test_survivors_values_and_tokens_equal_the_reference(vocab_size: int, bf16: 
     rng = random.Random(vocab_size + bf16)
     rows = [random_row(rng, vocab_size, bf16=bf16) for _ in range(count)]
     for row in rows:
-        row.logprobs = LogprobSpec(0, LogprobKind.PROCESSED_LOGIT, [])
+        row.logprobs = EVERY_SCORE
     bench = Device(rows, device)
     results = bench.sample()
     for i, row in enumerate(rows):
@@ -130,12 +92,7 @@ def test_the_state_moves_on_with_the_chosen_token(device):
     ]
     bench = Device(rows, device)
     results, state = bench.sample(), bench.states.state
-    assert results[:, :2].tolist() == [
-        [9, Finish.RUNNING],
-        [9, Finish.EOS],
-        [9, Finish.STOP_TOKEN],
-        [9, Finish.LENGTH],
-    ]
+    assert results[:, :2].tolist() == [[9, Finish.RUNNING], [9, Finish.EOS], [9, Finish.STOP_TOKEN], [9, Finish.LENGTH]]
     assert state.finished[:4].tolist() == [0, Finish.EOS, Finish.STOP_TOKEN, Finish.LENGTH]
     assert state.length[:4].tolist() == [4, 3, 3, 3]
     assert state.hist[0, :4].tolist() == [3, 9, 4, 9]
@@ -185,8 +142,6 @@ def test_greedy_takes_the_first_of_equal_logits_and_padding_rows_nothing(device)
 def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(device):
     rng = random.Random(11)
     rows = [random_row(rng, 97) for _ in range(4)]
-    for row in rows:
-        row.logprobs = None
     together = Device(rows, device)
     results = together.sample()
     for i in (1, 3):

@@ -51,7 +51,7 @@ def process_row(
         x = torch.nan_to_num(x, nan=0.0, posinf=limits.max, neginf=limits.min)
     steps = row.length - row.integer(Param.PROMPT_LEN) - row.integer(Param.DECAY_START)
     if row.uses(Feature.DECAY) and steps > 0:
-        grows = row.bits(Bitmap.EOS) & x.isfinite()
+        grows = row.bits(Bitmap.END) & x.isfinite()
         x = torch.where(grows, x + x.abs() * (row.decay_factor() ** steps - 1), x)
     if row.uses(Feature.SUPPRESS):
         x[row.bits(Bitmap.SUPPRESS)] = -math.inf
