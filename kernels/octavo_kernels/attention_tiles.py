@@ -4,6 +4,9 @@ Keys and values are [half][block][head][slot][D]: a (block, head) is contiguous.
 Everything that a row's block table or length says is taken with care: a block id outside [0, N) counts as block 0, the
 null block, whose contents are no request's; positions end with the table; slots past a row's end are never read, as a
 recycled block may hold NaN there, and 0 * NaN is NaN.
+
+Log
+  What each choice here gave is in the logs of the kernels: `paged_attention`, `prefill_attention`, `verify_attention`.
 """
 
 from __future__ import annotations

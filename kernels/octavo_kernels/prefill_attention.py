@@ -6,16 +6,19 @@ diagonal with.
 Log
   Device: none yet. Compiler's output for sm_90 (Triton 3.7.1), heads of 64, block 32 unless said; nothing is measured.
     queries x keys, warps, stages, type   registers  spills  shared  MMA
-    64x64, 4, 2, bf16 or fp16             128        0       40 KB   16 wgmma     in use (block 16: 130, block 64: 142)
+    64x64, 4, 2, bf16 or fp16             128        0       40 KB   16 wgmma     in use (block 64: 142)
     64x64, 4, 3                           132        0       41 KB   16 wgmma     tried
+    64x64, 4, 2, block 16                 130        0       40 KB   16 wgmma     tried: spills on sm_80
+    64x32, 4, 2, block 16                 86         0       24 KB   12 wgmma     in use
     64x32, 4, 2                           106        0       24 KB   12 wgmma     tried
     128x64, 8, 2                          120        0       48 KB   16 wgmma     tried: more waste in short chunks
     128x64, 4, 2                          248        0       48 KB   32 wgmma     tried: 2 programs per SM
     64x64, 4, 2, fp8 in hardware          104        0       32 KB   16 wgmma     in use (integers: 110)
     64x32, 8, 2, fp32                     92         0       40 KB   none (ieee)  in use, as parity runs need
     64x32, 4, 2, fp32                     255        701     40 KB   none (ieee)  tried
-    64x64, 4, 2, heads of 128             193        0       80 KB   24 wgmma     in use (80 and 96: 188)
-    64x32, 4, 2, heads of 128             172        0       48 KB   20 wgmma     tried
+    64x64, 4, 2, heads of 128             193        0       80 KB   24 wgmma     tried: spills on sm_80
+    64x32, 4, 2, heads of 128             172        0       48 KB   20 wgmma     in use, for 80 and 96 too
+  sm_80 140-187 registers, sm_100 85-140 (tcgen05), without spills.
   two loops, the first without masks: the causal comparison is paid on the diagonal only.
   a tile that spans blocks takes each block by a scalar load and selects: no gathered table read.
   the longest tiles start first: predicted to shorten the tail of a chunk, whose last tile does up to 16 times the work
@@ -213,7 +216,7 @@ def _constants(head_size: int, block_size: int, itemsize: int) -> tuple[dict[str
         "TILE_D": tile_d,
         "BLOCK": block_size,
         "TILE_M": PREFILL_TILE,
-        "TILE_N": 64 if itemsize == 2 else 32,
+        "TILE_N": 64 if itemsize == 2 and tile_d < 128 and block_size > 16 else 32,
         "STAGES": 2,
     }
     return constants, {"num_warps": 4 if itemsize == 2 else 8, "num_stages": 2}
