@@ -18,7 +18,7 @@ Log
     64x32, 4, 2, fp32                     255        701     40 KB   none (ieee)  tried
     64x64, 4, 2, heads of 128             193        0       80 KB   24 wgmma     tried: spills on sm_80
     64x32, 4, 2, heads of 128             172        0       48 KB   20 wgmma     in use, for 80 and 96 too
-  sm_80 140-187 registers, sm_100 85-140 (tcgen05), without spills.
+  sm_80 111-187 registers, sm_100 85-140 (tcgen05), without spills.
   two loops, the first without masks: the causal comparison is paid on the diagonal only.
   a tile that spans blocks takes each block by a scalar load and selects: no gathered table read.
   the longest tiles start first: predicted to shorten the tail of a chunk, whose last tile does up to 16 times the work
