@@ -1,6 +1,6 @@
 """What each parameter costs: a step of a batch in which requests use it, beside a step of plain greedy ones.
 
-    python bench/parameters.py [--batch 64] [--users 64 1] [--rounds 9] [--steps 12] [--only top_p ...] [--out FILE]
+    python bench/parameters.py [--batch 64] [--users 64 1] [--rounds 5] [--steps 12] [--only top_p ...] [--out FILE]
 
 The whole engine core runs: scheduler, model, sampler. In every round each parameter has a turn right after a turn of
 plain greedy requests, or right before one; a turn is some steps in which every request decodes, and counts as its
@@ -31,7 +31,8 @@ from octavo.step import LogprobSpec
 from octavo.types import ExponentialDecay, GenerationParams, LogprobKind, SequenceBias
 from peers.random_checkpoint import SHAPES, make
 
-PROMPT_LEN = 64
+PROMPT_LEN = 65
+"""Four blocks, which come from the prefix cache in all turns but the first, and a token."""
 EOS = 0
 ENDS = {"min_new_tokens", "min_length", "exponential_decay_length_penalty"}
 """What acts on end-of-sequence tokens only; all other requests have none, so that no sampled one ends a turn."""
@@ -93,11 +94,11 @@ class Bench:
     """An engine core that stays warm, and the turns on it."""
 
     def __init__(self, path: Path, batch: int, steps: int, threads: int) -> None:
-        blocks = batch * (-(-(PROMPT_LEN + 64 + 2 * steps) // 16) + 1)
+        blocks = 2 * batch * -(-(PROMPT_LEN + 64 + 2 * steps) // 16)
         self._core = EngineCore(
             EngineConfig(
                 model=ModelConfig(path=str(path), name="bench", device="cpu", num_threads=threads),
-                cache=CacheConfig(block_size=16, num_blocks=blocks, enable_prefix_caching=False),
+                cache=CacheConfig(block_size=16, num_blocks=blocks, enable_prefix_caching=True),
                 scheduler=SchedulerConfig(max_num_requests=batch, max_queue_time=3600.0),
             )
         )
@@ -187,7 +188,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["demo", *SHAPES], default="demo", help="a model with random weights")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--users", type=int, nargs="+", default=[64, 1])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=list(PARAMETERS), default=list(PARAMETERS), metavar="NAME")
