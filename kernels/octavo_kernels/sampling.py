@@ -9,13 +9,21 @@ rows end here. C  filter: each filter keeps an interval of scores, so a row carr
 (`filters.py`); the largest scores are copied out once, and the filters work on them in registers. D  draw:
 argmax(softmax(x) / q) over the interval, q by `philox.py`, the lowest token on ties.
 
-Log (variants, what they gave; sm_90, Triton 3.7.1; no GPU was at hand: times are predictions, not measured)
-  maxima and their tokens per lane, reduced once: a reduction per tile costs ~100 cycles, 13 tiles a row.
-  loads masked by the padded width: masked by 50257 they are 2 bytes each, see `Variant.wide_loads`.
-  rows without processors keep no scores: with top_k they are two passes over bf16 logits, ~3 us each for a row; fp32
-  scores of 256 rows (51 MB) would not stay in L2.
+Log (variants, what they gave; Triton 3.7.1; no GPU was at hand: times are predictions, not measured)
+  two passes over the row with top_k, top_h or, mostly, another filter first: maxima of the lanes of a tile, then the
+  candidates (`filters.py`). Predicted ~12 us for a row, two rows at a time on a multiprocessor. A radix select of the
+  k-th largest and a compaction that counts first were 8 passes.
+  maxima and their tokens per lane, reduced once: a reduction per tile costs ~100 cycles, 25 tiles a row.
+  loads masked by the padded width, columns beyond the vocabulary replaced after: masked by 50257 no load has 16 bytes;
+  now 79 of 250 in the code have, all those of whole tiles.
+  rows without processors keep no scores: two passes over bf16 logits; fp32 scores of 256 rows (51 MB) leave L2.
   noise for survivors only: a full row is ~65 instructions for each of 50257, ~15 us; after top_k 50 it is nothing. Of a
   whole row, a tile whose largest probability cannot win whatever its noise is skipped.
+  registers, bf16, sm_90: 4096 columns a tile 255; 2048 and 8 warps 164; a limit of 128 costs no spill and lets two
+  programs share a multiprocessor. It does if divisions are by a reciprocal where a filter only compares: correctly
+  rounded ones call a subroutine, which spilled 23 words. 16 warps: 128 registers and one spill, no more rows at a time.
+  draw in tiles of 1024: the race needs 4 words of noise per column. Code is 15,000 instructions, half of them the slow
+  path of the filters, which most rows never fetch.
 """
 
 from __future__ import annotations
@@ -115,19 +123,19 @@ def _process(
     RECIPROCAL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """B. Of each lane of a tile: the largest score, its first token, whether it met a NaN; then whether to do it again.
+    """B. Of each lane of a tile: the largest score, its first token, 1 if it met a NaN.
 
     Writes the scores of rows that keep them, -inf from vocab_size on.
     """
     best = tl.full([TILE], -float("inf"), tl.float32)
     where = tl.full([TILE], _NO_TOKEN, tl.int32)
-    broken = tl.zeros([TILE], tl.int32)
+    flags = tl.zeros([TILE], tl.int32)
     if (features & KEEPS_SCORES) == 0:
         for start in range(0, num_columns, TILE):
             token = start + tl.arange(0, TILE)
             x = tl.load(logits_ptr + token, mask=token < num_columns, other=-float("inf")).to(tl.float32)
             x = tl.where(token < vocab_size, scaled(x, params_ptr, features, RECIPROCAL), -float("inf"))
-            broken |= (x != x).to(tl.int32)
+            flags |= (x != x).to(tl.int32)
             better = x > best
             best = tl.where(better, x, best)
             where = tl.where(better, token, where)
@@ -137,8 +145,7 @@ def _process(
         while turn < 2:
             best = tl.full([TILE], -float("inf"), tl.float32)
             where = tl.full([TILE], _NO_TOKEN, tl.int32)
-            broken = tl.zeros([TILE], tl.int32)
-            possible = tl.zeros([TILE], tl.int32)
+            flags = tl.zeros([TILE], tl.int32)
             for start in range(0, num_columns, TILE):
                 token = start + tl.arange(0, TILE)
                 inside = token < num_columns
@@ -160,18 +167,17 @@ def _process(
                     none_allowed,
                     RECIPROCAL,
                 )
-                possible |= candidates
                 x = tl.where(live, scaled(x, params_ptr, features, RECIPROCAL), -float("inf"))
                 tl.store(scores_ptr + token, x, mask=inside)
-                broken |= (x != x).to(tl.int32)
+                flags |= (x != x).to(tl.int32) | (candidates << 1)
                 better = x > best
                 best = tl.where(better, x, best)
                 where = tl.where(better, token, where)
             turn += 1
-            if ((features & _ALLOWED) == 0) | (tl.max(possible, 0) != 0):
+            if ((features & _ALLOWED) == 0) | (tl.max(flags & 2, 0) != 0):
                 turn = 2
             none_allowed = 1
-    return best, where, broken
+    return best, where, flags & 1
 
 
 @triton.jit
@@ -208,13 +214,13 @@ def _copy_candidates(
     Returns their number and the sum of exp(x - peak) of the others, 0 unless the candidates are a guess.
     """
     count = 0
-    rest = tl.zeros([TILE], tl.float32)
+    rest = 0.0
     for start in range(0, num_columns, TILE):
         token = start + tl.arange(0, TILE)
         x = _tile_of_scores(logits_ptr, scores_ptr, token, params_ptr, features, num_columns, vocab_size, RECIPROCAL)
         chosen = (x >= threshold) & (x > -float("inf"))
         if is_guess(features):
-            rest += tl.where(chosen, 0.0, tl.exp(x - peak))
+            rest += tl.sum(tl.where(chosen, 0.0, tl.exp(x - peak)), 0)
         number = tl.sum(chosen.to(tl.int32), 0)
         if number > 0:
             place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
@@ -222,7 +228,7 @@ def _copy_candidates(
             tl.store(values_ptr + place, x, mask=fits)
             tl.store(ids_ptr + place, token, mask=fits)
         count += number
-    return count, tl.sum(rest, 0)
+    return count, rest
 
 
 @triton.jit
@@ -238,46 +244,47 @@ def _store_scores(
 @triton.jit
 def _draw(
     row_ptr,
-    resident,
-    ids,
+    ids_ptr,
     width,
     lo,
     hi,
-    peak,
     params_ptr,
     step,
     vocab_size,
     num_threads,
     NATIVE_LOG: tl.constexpr,
     TILE: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    COMPACT: tl.constexpr,
 ):
-    """D. The token that wins the race over lo <= x <= hi, the largest of which is `peak`."""
+    """D. The token that wins the race over lo <= x <= hi of width scores, and its own; hi is the largest of them.
+
+    COMPACT: the tokens are those at ids_ptr, rising; else the places in the row.
+    """
     low = tl.load(params_ptr + _SEED_LOW).to(tl.uint32, bitcast=True).to(tl.uint64)
     high = tl.load(params_ptr + _SEED_HIGH).to(tl.uint32, bitcast=True).to(tl.uint64)
     seed = (high << 32) | low
     first = tl.load(params_ptr + _ROW) * vocab_size
     num_elements = tl.load(params_ptr + _NUM_ROWS) * vocab_size
-    total = total_of(row_ptr, resident, width, lo, hi, peak, TILE, RESIDENT)
+    total = total_of(row_ptr, hi, width, lo, hi, hi, TILE, False)
     best = 0.0
     winner = _NO_TOKEN
+    score = hi
     for start in range(0, width, TILE):
-        if RESIDENT:
-            token = ids
-            x = resident
-        else:
-            token = start + tl.arange(0, TILE)
-            x = tl.load(row_ptr + token, mask=token < width, other=-float("inf"))
-        x = tl.where((x >= lo) & (x <= hi), x, -float("inf"))
-        p = tl.math.div_rn(tl.exp(x - peak), total)
+        token = start + tl.arange(0, TILE)
+        inside = token < width
+        x = tl.load(row_ptr + token, mask=inside, other=-float("inf"))
+        if COMPACT:
+            token = tl.load(ids_ptr + token, mask=inside, other=0)
+        p = tl.math.div_rn(tl.exp(tl.where((x >= lo) & (x <= hi), x, -float("inf")) - hi), total)
         if tl.max(p, 0) * LARGEST_RATIO > best:
             words = random_words(seed, step, first + token, num_elements, num_threads)
             ratio = tl.math.div_rn(p, exponentials(words, NATIVE_LOG))
             largest = tl.max(ratio, 0)
             if largest > best:
-                winner = tl.min(tl.where(ratio == largest, token, _NO_TOKEN), 0)
                 best = largest
-    return winner
+                winner = tl.min(tl.where(ratio == largest, token, _NO_TOKEN), 0)
+                score = tl.max(tl.where((ratio == largest) & (token == winner), x, -float("inf")), 0)
+    return winner, score
 
 
 @triton.jit
@@ -330,24 +337,20 @@ def _choose(
                 values_ptr, x, _WINDOW, params_ptr, features, peak, rest, threshold, values_ptr, _WINDOW, True, _WINDOW
             )
             if valid != 0:
-                ids = tl.load(ids_ptr + place, mask=place < count, other=_NO_TOKEN)
-                token = _draw(
+                token, score = _draw(
                     values_ptr,
-                    x,
-                    ids,
-                    _WINDOW,
+                    ids_ptr,
+                    count,
                     lo,
-                    hi,
                     hi,
                     params_ptr,
                     step,
                     vocab_size,
                     num_threads,
                     NATIVE_LOG,
-                    _WINDOW,
+                    TILE // 2,
                     True,
                 )
-                score = tl.max(tl.where(ids == token, x, -float("inf")), 0)
     if valid == 0:
         if (features & KEEPS_SCORES) == 0:
             _store_scores(logits_ptr, scores_ptr, params_ptr, features, num_columns, vocab_size, RECIPROCAL, TILE)
@@ -369,13 +372,11 @@ def _choose(
                 False,
                 _WINDOW,
             )
-        token = _draw(
+        token, score = _draw(
             scores_ptr,
-            lanes,
-            0,
+            ids_ptr,
             num_columns,
             lo,
-            hi,
             hi,
             params_ptr,
             step,
@@ -385,7 +386,6 @@ def _choose(
             TILE // 2,
             False,
         )
-        score = tl.load(scores_ptr + token)
     tl.store(interval_ptr, lo)
     tl.store(interval_ptr + 1, hi)
     return token, score
@@ -611,20 +611,17 @@ def check_arguments(
 
 
 def compile_variants() -> list[Variant]:
-    """Every form that the engine launches; both kinds of division, as tests launch both."""
-    return [
-        _variant(f"sampling/{dtype} {'reciprocal' if reciprocal else 'divide'}", dtype, reciprocal)
-        for dtype, reciprocal in (("bf16", True), ("fp16", True), ("fp32", True), ("fp32", False))
-    ]
+    """Every form that the engine launches: on a GPU it divides as CUDA does."""
+    return [_variant(dtype) for dtype in ("bf16", "fp16", "fp32")]
 
 
-def _variant(name: str, dtype: str, reciprocal: bool) -> Variant:
-    constants: dict[str, Any] = {"RECIPROCAL": reciprocal, "NATIVE_LOG": True, "TILE": TILE}
+def _variant(dtype: str) -> Variant:
+    constants: dict[str, Any] = {"RECIPROCAL": True, "NATIVE_LOG": True, "TILE": TILE}
     pointers = {argument: "*i32" for argument in _sample_kernel.arg_names if argument.endswith("_ptr")}
     pointers |= {"logits_ptr": f"*{dtype}", "scores_ptr": "*fp32", "interval_ptr": "*fp32", "values_ptr": "*fp32"}
     signature = dict.fromkeys(_sample_kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
     return Variant(
-        name=name,
+        name=f"sampling/sample {dtype}",
         kernel=_sample_kernel,
         signature=signature,
         constexprs=constants,
