@@ -32,7 +32,8 @@ export -f kernel_tests
 
 "$PYTHON" -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || { echo "no CUDA device"; exit 2; }
 part 150 "kernels against their specification" bash -o pipefail -c kernel_tests
-part 80 "tests that need a GPU" "$PYTHON" -m pytest -q -m gpu tests -p no:cacheprovider
+part 40 "the model on the kernels" "$PYTHON" -m pytest -q -p no:cacheprovider tests/worker/test_gpt2_triton.py
+part 60 "tests that need a GPU" "$PYTHON" -m pytest -q -m gpu tests -p no:cacheprovider
 part 40 "ceilings" "$PYTHON" bench/roofline.py --out "$OUT/roofline.jsonl"
-part 200 "kernels" "$PYTHON" bench/kernels.py --seconds 32 --budget 175 --out "$OUT/kernels.jsonl"
+part 180 "kernels" "$PYTHON" bench/kernels.py --seconds 30 --budget 160 --out "$OUT/kernels.jsonl"
 exit $failed

@@ -10,7 +10,8 @@ import pytest
 import torch
 from octavo.checkpoint import resolve
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from octavo.types import EngineLoad
+from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
+from octavo.types import EngineLoad, GenerationParams, LogprobKind
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.runner import load_runner
 from parity.cases import Answer, Case, random_cases
@@ -75,7 +76,15 @@ def _in_vocabulary(case: Case) -> Case:
 
 
 def answers_of(device: str, path: Path, cases: list[Case], **fields: int | bool) -> tuple[list[Answer], EngineLoad]:
-    config = EngineConfig(
+    config = config_of(device, path, **fields)
+    runner = load_runner(config, lambda text: None)
+    if isinstance(runner, ModelRunner):
+        runner._noise = runner._sampler._noise = PhiloxNoise()  # type: ignore[assignment]
+    return engine_answers(config, cases, order_seed=1, runner=runner)
+
+
+def config_of(device: str, path: Path, **fields: int | bool) -> EngineConfig:
+    return EngineConfig(
         model=ModelConfig(path=str(path), name="tiny", device=device, dtype="float32"),
         cache=CacheConfig(
             block_size=int(fields.get("block_size", 16)),
@@ -90,10 +99,6 @@ def answers_of(device: str, path: Path, cases: list[Case], **fields: int | bool)
             max_queue_time=3600.0,
         ),
     )
-    runner = load_runner(config, lambda text: None)
-    if isinstance(runner, ModelRunner):
-        runner._noise = runner._sampler._noise = PhiloxNoise()  # type: ignore[assignment]
-    return engine_answers(config, cases, order_seed=1, runner=runner)
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +123,47 @@ def test_the_device_path_gives_the_tokens_of_the_cpu_path(fields, path, cases, e
 def test_the_expected_tokens_are_not_all_alike(expected):
     tokens = [token for answer in expected for ids in answer.token_ids for token in ids]
     assert len(np.unique(tokens)) > 9
+
+
+def test_logprobs_of_output_and_prompt_equal_the_cpu_path(path):
+    """The vocabulary is no multiple of what the device pads it to."""
+    spec = LogprobSpec(3, LogprobKind.RAW_LOGPROB, [5])
+    request = NewRequest(
+        slot=0,
+        group_id=0,
+        row=0,
+        num_rows=1,
+        token_ids=np.arange(3, 15, dtype=np.int32),
+        prompt_len=12,
+        num_computed_tokens=0,
+        block_ids=np.array([1], np.int32),
+        params=GenerationParams(),
+        max_total_tokens=20,
+        eos_token_ids=(),
+        stop_token_ids=(),
+        seed=0,
+        logprobs=spec,
+        prompt_logprobs=2,
+    )
+    one = np.ones(1, np.int32)
+    step = SchedulerOutput(1, one * 0, one * 0, one * 12, np.ones(1, bool), 0, new_requests=[request])
+    outputs = []
+    for device in ("cpu", "interpreter"):
+        runner = load_runner(config_of(device, path), lambda text: None)
+        outputs.append(runner.submit(step).result())
+        runner.close()
+    expected, found = outputs
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    for name in ("chosen", "top_values", "requested"):
+        assert getattr(found.logprobs, name) == pytest.approx(getattr(expected.logprobs, name), abs=1e-5)
+    assert found.logprobs.top_token_ids.tolist() == expected.logprobs.top_token_ids.tolist()
+    [prompt], [expected_prompt] = found.prompt_logprobs, expected.prompt_logprobs
+    assert prompt.chosen == pytest.approx(expected_prompt.chosen, abs=1e-5)
+    assert prompt.top_token_ids.tolist() == expected_prompt.top_token_ids.tolist()
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_greedy_tokens_of_the_cpu_path(path, cases):
+    """Seeded draws are left out: a GPU divides and takes logarithms in its own way."""
+    greedy = [case for case in cases if not case.params["do_sample"]]
+    assert answers_of("cuda", path, greedy)[0] == answers_of("cpu", path, greedy)[0]

@@ -152,7 +152,7 @@ def test_a_decode_row_in_fp32_gives_the_same_bits_alone_and_in_any_batch():
         assert torch.equal(model.logits(model.forward(make_batch([row], 16), cache))[0], together[i])
 
 
-def test_the_ops_used_on_a_gpu_equal_transformers():
+def test_the_reference_ops_equal_transformers():
     reference, sequences = reference_model(), some_sequences()
     model = octavo_model(reference)
     model.attention = TorchAttention(model.spec)
@@ -170,7 +170,7 @@ def test_quantization_is_refused_beside_a_gpu_and_by_unknown_names():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_on_a_gpu_equal_transformers(dtype):
+def test_the_reference_ops_on_a_gpu_equal_transformers(dtype):
     reference, sequences = reference_model().to(dtype).float(), some_sequences()
     model = octavo_model(reference, dtype, device=torch.device("cuda:0"))
     found = all_logits(model, sequences, PROMPT_LENS, chunk=25, block_size=32, cache_dtype=dtype)

@@ -2,8 +2,8 @@
 
 A step is one copy to the device (what changed, and which rows run), kernel launches, and a small record per row back.
 Tokens, lengths and finished flags stay on the device and feed the next step; the host keeps a mirror of them in
-`RequestStates`, one step late, for what only it does. Random numbers are a function of
-seed, step and token (`octavo_kernels.philox`).
+`RequestStates`, one step late, for what only it does. Random numbers are a function of seed, step
+and token (`octavo_kernels.philox`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from octavo.step import Int32s, LogprobRows, ModelRunnerOutput, SchedulerOutput
 from octavo.worker.device_logprobs import copy_to_host, logprob_rows
 from octavo.worker.device_states import DeviceStates
 from octavo.worker.gpt2_triton import DeviceBatch, TritonGPT2
-from octavo.worker.input_batch import Ints, upload
+from octavo.worker.input_batch import Ints, num_leading_ones, upload
 from octavo.worker.model_loader import load_model
 from octavo.worker.prompt_logprobs import add_prompt_logprobs
 from octavo.worker.request_states import Int64s, RequestStates
@@ -145,7 +145,7 @@ class DeviceRunner:
         Returns the batch, the index of each sampling row's last token, and the sampling rows' slots.
         """
         offsets, values = self._device_states.take()
-        decodes = _num_leading_ones(step.num_scheduled)
+        decodes = num_leading_ones(step.num_scheduled)
         tile_rows, tile_starts = prefill_tiles(starts, decodes)
         pairs = np.array(step.block_copies, np.int32).reshape(-1, 2)
         arrays: list[Ints] = [
@@ -242,9 +242,3 @@ def _raising(error: Exception) -> Callable[[], ModelRunnerOutput]:
         raise error
 
     return finish
-
-
-def _num_leading_ones(lengths: Int32s) -> int:
-    """Rows with one token that come first: with tiny chunks also prefill rows, which are computed the same way."""
-    longer = lengths != 1
-    return int(longer.argmax()) if longer.any() else len(lengths)

@@ -77,11 +77,7 @@ class GPT2:
         Raises StartupError for an activation function that needs weights of its own or that nobody knows, and for
         quantization anywhere but on the CPU.
         """
-        if spec.activation_function not in ACTIVATIONS:
-            raise StartupError(
-                StartupError.CHECKPOINT,
-                f"config.json: activation_function {spec.activation_function!r} is not one of {', '.join(ACTIVATIONS)}",
-            )
+        check_activation(spec)
         if quantization is not None and device.type != "cpu":
             raise StartupError(StartupError.USAGE, f"quantization {quantization!r} works on the CPU only")
         self.spec = spec
@@ -107,9 +103,6 @@ class GPT2:
 
     def _block(self, weights: WeightSource, layer: int) -> Block:
         spec, name = self.spec, f"h.{layer}"
-        scale = spec.head_size**-0.5 if spec.scale_attn_weights else 1.0
-        if spec.scale_attn_by_inverse_layer_idx:
-            scale /= layer + 1
         return Block(
             ln_1=self._norm(weights, f"{name}.ln_1"),
             c_attn=self._linear(weights, f"{name}.attn.c_attn"),
@@ -117,7 +110,7 @@ class GPT2:
             ln_2=self._norm(weights, f"{name}.ln_2"),
             c_fc=self._linear(weights, f"{name}.mlp.c_fc", spec.activation_function),
             mlp_proj=self._linear(weights, f"{name}.mlp.c_proj"),
-            attn_scale=scale,
+            attn_scale=attention_scale(spec, layer),
         )
 
     def _norm(self, weights: WeightSource, name: str) -> Norm:
@@ -156,6 +149,21 @@ class GPT2:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, E] after ln_f. Returns [rows, vocab_size] in `hidden_dtype`."""
         return self._lm_head(hidden)
+
+
+def check_activation(spec: ModelSpec) -> None:
+    """Raises StartupError for an activation function that needs weights of its own or that nobody knows."""
+    if spec.activation_function not in ACTIVATIONS:
+        raise StartupError(
+            StartupError.CHECKPOINT,
+            f"config.json: activation_function {spec.activation_function!r} is not one of {', '.join(ACTIVATIONS)}",
+        )
+
+
+def attention_scale(spec: ModelSpec, layer: int) -> float:
+    """What queries are multiplied with in one layer."""
+    scale = spec.head_size**-0.5 if spec.scale_attn_weights else 1.0
+    return scale / (layer + 1) if spec.scale_attn_by_inverse_layer_idx else scale
 
 
 def _reference_linear(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from octavo_kernels.activations import ACTIVATIONS
 from octavo_kernels.embed import embed
 from octavo_kernels.kv_write import kv_write
 from octavo_kernels.linear import linear
@@ -18,8 +17,7 @@ from octavo_kernels.paged_attention import AttentionWorkspace, decode_attention,
 from torch import Tensor
 
 from octavo.checkpoint import ModelSpec
-from octavo.errors import StartupError
-from octavo.worker.gpt2 import WeightSource
+from octavo.worker.gpt2 import WeightSource, attention_scale, check_activation
 from octavo.worker.kv_cache import KVCache
 
 COLUMN_MULTIPLE = 64
@@ -74,11 +72,7 @@ class TritonGPT2:
 
     def __init__(self, spec: ModelSpec, weights: WeightSource, *, device: torch.device, dtype: torch.dtype) -> None:
         """As `gpt2.GPT2`."""
-        if spec.activation_function not in ACTIVATIONS:
-            raise StartupError(
-                StartupError.CHECKPOINT,
-                f"config.json: activation_function {spec.activation_function!r} is not one of {', '.join(ACTIVATIONS)}",
-            )
+        check_activation(spec)
         self.spec = spec
         self.device = device
         self.dtype = dtype
@@ -171,9 +165,6 @@ class TritonGPT2:
 
     def _block(self, weights: WeightSource, layer: int) -> Block:
         spec, name = self.spec, f"h.{layer}"
-        scale = spec.head_size**-0.5 if spec.scale_attn_weights else 1.0
-        if spec.scale_attn_by_inverse_layer_idx:
-            scale /= layer + 1
         return Block(
             ln_1=self._affine(weights, f"{name}.ln_1"),
             c_attn=self._affine(weights, f"{name}.attn.c_attn"),
@@ -181,7 +172,7 @@ class TritonGPT2:
             ln_2=self._affine(weights, f"{name}.ln_2"),
             c_fc=self._affine(weights, f"{name}.mlp.c_fc"),
             mlp_proj=self._affine(weights, f"{name}.mlp.c_proj"),
-            attn_scale=scale,
+            attn_scale=attention_scale(spec, layer),
         )
 
     def _affine(self, weights: WeightSource, name: str) -> Affine:

@@ -99,14 +99,14 @@ class InputBatchBuilder:
             query_start_loc=tensors[4],
             seq_lens=tensors[5],
             block_tables=tensors[6],
-            num_decode_rows=_num_leading_ones(lengths),
+            num_decode_rows=num_leading_ones(lengths),
             query_start_loc_np=starts,
             seq_lens_np=seq_lens,
             block_tables_np=block_tables,
         )
 
 
-def _num_leading_ones(lengths: npt.NDArray[np.int32]) -> int:
+def num_leading_ones(lengths: npt.NDArray[np.int32]) -> int:
     """Rows with one token that come first: with tiny chunks also prefill rows, which are computed the same way."""
     longer = lengths != 1
     return int(longer.argmax()) if longer.any() else len(lengths)

@@ -42,7 +42,7 @@ def add_prompt_logprobs(
         begin = int(query_start_loc[row])
         next_ids = states.hist[slot, first + 1 : first + count + 1]
         try:
-            parts = _values(model, hidden[begin : begin + count], next_ids, num_top)
+            parts = _values(model, states.vocab_size, hidden[begin : begin + count], next_ids, num_top)
         except torch.AcceleratorError:
             raise
         except Exception:
@@ -55,11 +55,12 @@ def add_prompt_logprobs(
 
 
 def _values(
-    model: Model, hidden: Tensor, next_ids: Int32s, num_top: int
+    model: Model, vocab_size: int, hidden: Tensor, next_ids: Int32s, num_top: int
 ) -> list[tuple[Float32s, Int32s, Int32s, Float32s]]:
     """In parts: hidden [T, E] of consecutive positions, next_ids [T]."""
     parts = []
     for start in range(0, len(next_ids), PROMPT_LOGPROB_ROWS):
         part = slice(start, start + PROMPT_LOGPROB_ROWS)
-        parts.append(gather_prompt_logprobs(model.logits(hidden[part]), next_ids[part], num_top))
+        logits = model.logits(hidden[part])[:, :vocab_size]  # the device pads the vocabulary
+        parts.append(gather_prompt_logprobs(logits, next_ids[part], num_top))
     return parts
