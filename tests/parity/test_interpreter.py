@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from octavo.checkpoint import resolve
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
-from octavo.types import EngineLoad, GenerationParams, LogprobKind
+from octavo.types import EngineLoad, GenerationParams, LogprobKind, SequenceBias
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.runner import load_runner
 from parity.cases import Answer, Case, random_cases
@@ -21,6 +22,16 @@ from reference.philox import race_noise
 VOCAB_SIZE = 97
 EOS = VOCAB_SIZE - 1
 NUM_CASES = 7
+TOKEN_PARAMS = {
+    "logit_bias",
+    "sequence_bias",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "allowed_token_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+}
 
 
 class PhiloxNoise:
@@ -65,14 +76,26 @@ def cases() -> list[Case]:
 
 
 def _in_vocabulary(case: Case) -> Case:
-    params = dict(case.params)
-    if "logit_bias" in params:
-        params["logit_bias"] = {token % VOCAB_SIZE: bias for token, bias in params["logit_bias"].items()}
     ids = {name: tuple(token % VOCAB_SIZE for token in getattr(case, name)) for name in ("eos", "stop")}
-    prompt = [token % VOCAB_SIZE for token in case.prompt[:30]]
     return dataclasses.replace(
-        case, prompt=prompt, params=params, max_new_tokens=5, num_sequences=min(case.num_sequences, 2), **ids
+        case,
+        prompt=_smaller(case.prompt[:30]),
+        params={name: _smaller(value) if name in TOKEN_PARAMS else value for name, value in case.params.items()},
+        max_new_tokens=5,
+        num_sequences=min(case.num_sequences, 2),
+        **ids,
     )
+
+
+def _smaller(value: Any) -> Any:
+    """Token ids anywhere in a parameter's value, brought into the small vocabulary."""
+    if isinstance(value, int):
+        return value % VOCAB_SIZE
+    if isinstance(value, dict):
+        return {token % VOCAB_SIZE: bias for token, bias in value.items()}
+    if isinstance(value, SequenceBias):
+        return SequenceBias(_smaller(value.token_ids), value.bias)
+    return [_smaller(item) for item in value]
 
 
 def answers_of(device: str, path: Path, cases: list[Case], **fields: int | bool) -> tuple[list[Answer], EngineLoad]:
@@ -118,6 +141,13 @@ def test_the_device_path_gives_the_tokens_of_the_cpu_path(fields, path, cases, e
     answers, load = answers_of("interpreter", path, cases, **fields)
     assert answers == expected
     assert load.preemptions > 0 or "num_blocks" not in fields
+
+
+def test_the_device_path_gives_the_tokens_of_the_cpu_path_for_every_processor_and_filter(path):
+    cases = [_in_vocabulary(case) for case in random_cases(resolve("demo"), 12, seed=3, every_parameter=True)]
+    used = {name for case in cases for name in case.params}
+    assert used >= TOKEN_PARAMS | {"no_repeat_ngram_size", "top_h", "eta_cutoff", "exponential_decay_length_penalty"}
+    assert answers_of("interpreter", path, cases)[0] == answers_of("cpu", path, cases)[0]
 
 
 def test_the_expected_tokens_are_not_all_alike(expected):
