@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -334,7 +334,7 @@ def check(options: argparse.Namespace, variants: Mapping[str, Variant], jobs: Se
     for line in bad:
         print(f"FAILED {line}")
     if options.update:
-        update(options.baseline, baseline, found, variants)
+        update(options.baseline, baseline, found, gone)
     return 1 if bad else 0
 
 
@@ -342,12 +342,12 @@ def update(
     path: Path,
     baseline: Mapping[str, Any],
     found: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    variants: Mapping[str, Variant],
+    gone: Collection[str],
 ) -> None:
     """Keeps what was not compiled this time, unless its variant is gone or it is of another compiler."""
     kept = baseline["variants"] if baseline["compiler"] == compiler() else {}
-    merged = {name: {**kept.get(name, {}), **found.get(name, {})} for name in variants}
-    write_baseline(path, {name: rows for name, rows in merged.items() if rows})
+    merged = {name: {**kept.get(name, {}), **found.get(name, {})} for name in [*kept, *found] if name not in gone}
+    write_baseline(path, merged)
     print(f"wrote {path.name}: {len(merged)} variants")
 
 

@@ -145,6 +145,17 @@ def test_baseline_survives_writing_and_reading(tmp_path: Path) -> None:
     assert read_baseline(tmp_path / "b.json") == {"compiler": compile_check.compiler(), "variants": rows}
 
 
+def test_an_update_of_one_family_keeps_the_rows_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    write_baseline(path, {"a": {"sm_80": {"registers": 1}}, "b": {"sm_90": {"registers": 2}}, "old": {"sm_90": {}}})
+    compile_check.update(path, read_baseline(path), {"b": {"sm_80": {"registers": 3}}, "c": {"sm_90": {}}}, ["old"])
+    assert read_baseline(path)["variants"] == {
+        "a": {"sm_80": {"registers": 1}},
+        "b": {"sm_90": {"registers": 2}, "sm_80": {"registers": 3}},
+        "c": {"sm_90": {}},
+    }
+
+
 def test_committed_baseline_has_no_spill() -> None:
     rows = read_baseline(compile_check.BASELINE)["variants"]
     assert rows
