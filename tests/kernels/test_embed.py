@@ -86,7 +86,6 @@ def test_no_tokens_is_no_launch(device: torch.device) -> None:
         ("out", torch.zeros(2, 65)),
         ("out", torch.zeros(64)),
     ],
-    ids=str,
 )
 def test_a_bad_argument_is_named(name: str, value: Tensor) -> None:
     ids = torch.zeros(2, dtype=torch.int32)

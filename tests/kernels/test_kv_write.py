@@ -151,7 +151,6 @@ def test_strided_tokens_and_no_tokens(device: torch.device) -> None:
         ("v_scale", 0.0),
         ("v_scale", float("nan")),
     ],
-    ids=str,
 )
 def test_a_bad_argument_is_named(name: str, value: object) -> None:
     arguments: dict[str, Any] = {"qkv": torch.zeros(2, 384), "layer_cache": torch.zeros(2, 3, 2, 16, 64)}

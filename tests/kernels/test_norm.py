@@ -118,7 +118,6 @@ def test_no_rows_is_no_launch(device: torch.device) -> None:
         ("bias", torch.zeros(16)[::2]),
         ("out", torch.zeros(2, 9)),
     ],
-    ids=str,
 )
 def test_a_bad_argument_is_named(name: str, value: Tensor) -> None:
     arguments: dict[str, Any] = {"residual": torch.zeros(2, 8), "delta": torch.zeros(2, 8), "weight": torch.zeros(8)}

@@ -541,7 +541,7 @@ def good_arguments() -> dict[str, Any]:
     return {"qkv": torch.zeros(2, 384), "layer_cache": torch.zeros(2, 3, 2, 16, 64), "out": torch.zeros(2, 128)} | ints
 
 
-@pytest.mark.parametrize(("name", "value"), BAD + BAD_DECODE, ids=str)
+@pytest.mark.parametrize(("name", "value"), BAD + BAD_DECODE)
 def test_a_bad_argument_of_decode_is_named(name: str, value: object) -> None:
     workspace = AttentionWorkspace.allocate(2, 2, 64, 256, torch.device("cpu"))
     named = "workspace" if name == "block_tables" and getattr(value, "shape", ())[1:] == (17,) else name
@@ -552,7 +552,7 @@ def test_a_bad_argument_of_decode_is_named(name: str, value: object) -> None:
         decode_attention(**arguments)
 
 
-@pytest.mark.parametrize(("name", "value"), [bad for bad in BAD if bad[0] != "block_tables"] + BAD_PREFILL, ids=str)
+@pytest.mark.parametrize(("name", "value"), [bad for bad in BAD if bad[0] != "block_tables"] + BAD_PREFILL)
 @pytest.mark.parametrize("kernel", [prefill_attention, verify_attention])
 def test_a_bad_argument_of_prefill_and_verify_is_named(kernel: Any, name: str, value: object) -> None:
     tiles = {key: torch.zeros(2, dtype=torch.int32) for key in ("tile_rows", "tile_starts")}

@@ -80,3 +80,27 @@ def test_prefill_chunks_and_decode_rows_give_the_logits_of_the_cpu_path(spec: Mo
         found = model.logits(model.forward(moved, cache))
         assert found.shape[1] == 320
         torch.testing.assert_close(found[:, : spec.vocab_size].cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_invariant_logits_have_the_same_bits_alone_and_among_others():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = ModelSpec(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
+    generator = torch.Generator().manual_seed(2)
+    tokens = [torch.randint(0, spec.vocab_size, (30,), generator=generator) for _ in range(3)]
+    tables = [np.arange(1 + 2 * i, 3 + 2 * i, dtype=np.int32) for i in range(3)]
+
+    def logits_of_first(others: list[tuple[int, int, int]], after: int) -> torch.Tensor:
+        """A chunk, then a decode step: of request 0 alone, or among others."""
+        model = TritonGPT2(spec, random_weights(spec), device=device, dtype=torch.float32, batch_invariant=True)
+        model.reserve(4)
+        cache = KVCache(spec, 7, BLOCK_SIZE, dtype=torch.float32, device=device)
+        found = []
+        for step in ([(0, 0, 9), *others], [(0, 9, 10), *((i, end, end + after) for i, _, end in others)]):
+            rows = [(tokens[i][start:end], start, tables[i]) for i, start, end in step]
+            hidden = model.forward(on_kernels(make_batch(rows, BLOCK_SIZE, device)), cache)
+            found.append(model.logits(hidden)[: step[0][2] - step[0][1]])
+        return torch.cat(found)
+
+    alone = logits_of_first([], 1)
+    assert torch.equal(logits_of_first([(1, 0, 21), (2, 0, 4)], 1), alone)
+    assert torch.equal(logits_of_first([(2, 0, 17)], 3), alone)

@@ -208,6 +208,12 @@ def test_unusable_formats_and_devices_are_named(path, fields):
     assert next(iter(fields.values())) in str(raised.value)
 
 
+def test_the_cpu_path_refuses_to_promise_equal_bits(path):
+    with pytest.raises(StartupError, match="batch-invariant") as raised:
+        ModelRunner(config(path, batch_invariant=True), lambda text: None)
+    assert raised.value.exit_code == StartupError.USAGE
+
+
 def test_weights_that_give_nan_stop_the_start(path, tmp_path):
     from safetensors.torch import load_file, save_file
 

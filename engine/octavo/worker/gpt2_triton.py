@@ -7,6 +7,7 @@ norm, fc with its activation, proj. The residual stream is added where it is nor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from octavo_kernels.embed import embed
@@ -70,9 +71,18 @@ class DeviceBatch:
 class TritonGPT2:
     """Weights ready for use, and the scratch memory of attention. Holds no state of requests."""
 
-    def __init__(self, spec: ModelSpec, weights: WeightSource, *, device: torch.device, dtype: torch.dtype) -> None:
-        """As `gpt2.GPT2`."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: WeightSource,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_invariant: bool = False,
+    ) -> None:
+        """As `gpt2.GPT2`. batch_invariant: a row's logits have the same bits whatever the other rows are."""
         check_activation(spec)
+        self._linear = partial(linear, batch_invariant=batch_invariant)
         self.spec = spec
         self.device = device
         self.dtype = dtype
@@ -117,12 +127,12 @@ class TritonGPT2:
         layer_norm(hidden, first.weight, first.bias, eps, normed)
         next_norms = [block.ln_1 for block in self._blocks[1:]] + [self._ln_f]
         for block, layer_cache, next_norm in zip(self._blocks, kv_cache.data, next_norms, strict=True):
-            qkv = linear(normed, block.c_attn.weight, block.c_attn.bias)
+            qkv = self._linear(normed, block.c_attn.weight, block.c_attn.bias)
             attended = self._attend(batch, qkv, layer_cache, block.attn_scale)
-            delta = linear(attended, block.attn_proj.weight, block.attn_proj.bias)
+            delta = self._linear(attended, block.attn_proj.weight, block.attn_proj.bias)
             add_layer_norm(hidden, delta, block.ln_2.weight, block.ln_2.bias, eps, normed)
-            inner = linear(normed, block.c_fc.weight, block.c_fc.bias, activation=self.spec.activation_function)
-            delta = linear(inner, block.mlp_proj.weight, block.mlp_proj.bias)
+            inner = self._linear(normed, block.c_fc.weight, block.c_fc.bias, activation=self.spec.activation_function)
+            delta = self._linear(inner, block.mlp_proj.weight, block.mlp_proj.bias)
             add_layer_norm(hidden, delta, next_norm.weight, next_norm.bias, eps, normed)
             self.num_layers_computed += 1
         return normed
@@ -130,7 +140,7 @@ class TritonGPT2:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, E] after ln_f. Returns [rows, num_columns]; columns past vocab_size do not count."""
-        return linear(hidden, self._lm_head, None)
+        return self._linear(hidden, self._lm_head, None)
 
     def _attend(self, batch: DeviceBatch, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
         assert self._workspace is not None, "reserve was not called"

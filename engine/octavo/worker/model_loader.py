@@ -80,7 +80,7 @@ class LoadedModel:
             max_num_requests=config.scheduler.max_num_requests,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=_max_model_len(config, self.spec),
-            batch_invariant=False,
+            batch_invariant=config.model.batch_invariant,
             start_time=time.time(),
             beam_search=isinstance(self.model, GPT2),
             unsupported_params=[] if isinstance(self.model, GPT2) else list(CPU_ONLY_PARAMS),
@@ -119,6 +119,8 @@ def _make_model(
     config: EngineConfig, spec: ModelSpec, weights: FrugalWeights, device: torch.device, dtype: torch.dtype
 ) -> Model:
     if not uses_kernels(config.model.device, device):
+        if config.model.batch_invariant:
+            raise StartupError(StartupError.USAGE, "batch-invariant works on the kernels only, not with --device cpu")
         return GPT2(spec, weights, device=device, dtype=dtype, quantization=config.model.quantization)
     if config.model.quantization is not None:
         raise StartupError(
@@ -126,7 +128,7 @@ def _make_model(
         )
     from octavo.worker.gpt2_triton import TritonGPT2  # Triton reads its environment when it is imported
 
-    return TritonGPT2(spec, weights, device=device, dtype=dtype)
+    return TritonGPT2(spec, weights, device=device, dtype=dtype, batch_invariant=config.model.batch_invariant)
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
