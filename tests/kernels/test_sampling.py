@@ -150,6 +150,35 @@ def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(device):
         assert torch.equal(alone.workspace.interval[0], together.workspace.interval[i])
 
 
+def test_slots_and_lengths_out_of_range_touch_nothing_and_poisoned_neighbours_do_not_matter(device):
+    """Rows of a slot that no state has, of one whose length is none, and a good row between them."""
+    rng = random.Random(5)
+    rows = [random_row(rng, 97) for _ in range(4)]
+    expected = Device(rows, device).sample()[1]
+    bench = Device(rows, device)
+    memory = torch.full((6, 4 * bench.logits.shape[1]), math.inf, device=device)
+    width = bench.logits.shape[1]
+    memory[1:5, width : 2 * width] = bench.logits
+    bench.logits = memory[1:5, width : 2 * width]
+    state = bench.states.state
+    state.length[0], state.length[2], state.length[3] = N_POSITIONS + 2, -1, 10**9
+    before = state.arena.clone()
+    bench.slots = torch.tensor([0, 1, 2, 3], dtype=torch.int32, device=device)
+    assert np.array_equal(bench.sample(), [[-1, 0, 0, 0], expected, [-1, 0, 0, 0], [-1, 0, 0, 0]])
+    changed = state.arena != before
+    for name in ("length", "finished", "hist", "bitmaps", "counts", "count_ids", "num_counts"):
+        view = getattr(state, name)
+        base = view.storage_offset() - state.arena.storage_offset()
+        rest = changed[base : base + view.numel()].view(view.shape)
+        assert not rest[torch.arange(len(rest)) != 1].any(), name
+        rest[1] = False
+    assert not changed.any()
+    bench.slots = torch.tensor([-1, 4, 5, 2**31 - 1], dtype=torch.int32, device=device)
+    before = state.arena.clone()
+    assert bench.sample()[:, 0].tolist() == [-1] * 4
+    assert torch.equal(state.arena, before)
+
+
 def test_draws_follow_the_distribution(device):
     """Chi-square over seeds with 7 degrees of freedom; 1e-4 is at 29.9."""
     generator = torch.Generator().manual_seed(0)

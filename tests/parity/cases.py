@@ -153,13 +153,13 @@ def _random_case(rng: random.Random, text: list[int], eos: int) -> Case:
     )
 
 
-def transformers_answers(path: Path, cases: list[Case]) -> list[Answer]:
+def transformers_answers(path: Path, cases: list[Case], device: str = "cpu") -> list[Answer]:
     """generate() in fp32 on each case alone, seeded anew each time."""
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).eval()
+    model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).eval().to(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [transformers_answer(model, case) for case in cases]
@@ -185,7 +185,7 @@ def transformers_names(params: dict[str, Any]) -> dict[str, Any]:
 def transformers_answer(model: Any, case: Case) -> Answer:
     kwargs = transformers_names(case.params)
     ends = list(case.eos + case.stop)
-    prompt = torch.tensor([case.prompt])
+    prompt = torch.tensor([case.prompt], device=model.device)
     torch.manual_seed(case.seed)
     rows = model.generate(
         prompt,

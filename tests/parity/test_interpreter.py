@@ -15,7 +15,7 @@ from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
 from octavo.types import EngineLoad, GenerationParams, LogprobKind, SequenceBias
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.runner import load_runner
-from parity.cases import Answer, Case, random_cases
+from parity.cases import Answer, Case, random_cases, transformers_answers
 from parity.engine import engine_answers
 from reference.philox import race_noise
 
@@ -197,3 +197,9 @@ def test_a_gpu_gives_the_greedy_tokens_of_the_cpu_path(path, cases):
     """Seeded draws are left out: a GPU divides and takes logarithms in its own way."""
     greedy = [case for case in cases if not case.params["do_sample"]]
     assert answers_of("cuda", path, greedy)[0] == answers_of("cpu", path, greedy)[0]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_seeded_tokens_of_transformers_on_it(path, cases):
+    """The same generator, division and logarithm: what a user of `generate()` on that card would have seen."""
+    assert answers_of("cuda", path, cases)[0] == transformers_answers(path, cases, "cuda")
