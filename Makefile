@@ -1,11 +1,13 @@
 # Each target prepares what it needs: .venv for the tools and the engine, .cache/protoc for the proto generator.
-# Both are made again when the files that describe them change. PYTHON names the interpreter to make them with.
+# Both are made again when the files that describe them change. PYTHON names the interpreter to make them with, JOBS how
+# many processes run the tests.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 PYTHON ?= python3
+JOBS ?= auto
 BIN := .venv/bin
 VENV := .venv/prepared
 PROTOC := .cache/protoc/prepared
@@ -28,7 +30,7 @@ demo: $(VENV)
 	@$(BIN)/python bench/demo.py
 
 test: $(VENV)
-	@$(BIN)/python -m pytest -ra -m "not slow" --hypothesis-profile=ci
+	@$(BIN)/python -m pytest -ra -m "not slow" --hypothesis-profile=ci -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)
 	@$(BIN)/python -m pytest -ra -m slow --hypothesis-profile=ci
