@@ -10,7 +10,8 @@ import torch
 
 from octavo.config import EngineConfig
 from octavo.errors import Reason
-from octavo.step import ModelRunnerOutput, SchedulerOutput
+from octavo.step import LogprobSpec, ModelRunnerOutput, SchedulerOutput
+from octavo.types import GenerationParams
 from octavo.worker.constraints import Constraints
 from octavo.worker.gpt2 import GPT2
 from octavo.worker.host_sampler import HostSampler
@@ -79,6 +80,10 @@ class ModelRunner:
     def progress(self) -> int:
         """Layers computed: grows while a step is computed."""
         return self._model.num_layers_computed
+
+    def needs_host(self, params: GenerationParams, logprobs: LogprobSpec | None) -> bool:
+        """Launching is computing: every token is there when the next step is scheduled."""
+        return False
 
     def check_device(self) -> None:
         """After a failed step: raises if the device can compute no more, as a CUDA context after an illegal access."""
