@@ -115,7 +115,9 @@ class Beams:
             mark, prompt_len = states.params[int(slots[0])].watermarking_config, int(states.prompt_len[slots[0]])
             assert mark is not None
             histories = states.hist[slots, : states.length[slots[0]]]
-            scores = torch.stack([watermarked(row, histories[i], prompt_len, mark) for i, row in enumerate(scores)])
+            scores = torch.stack(
+                [watermarked(row, histories[i], prompt_len, mark, self._noise.device) for i, row in enumerate(scores)]
+            )
         return scores.log_softmax(-1) if used & Feature.RENORMALIZE else scores
 
     def _warped(self, scores: Tensor, slots: Int32s, features: npt.NDArray[np.uint32], min_keep: int) -> Tensor:

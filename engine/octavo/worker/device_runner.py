@@ -99,7 +99,7 @@ class DeviceRunner:
         self._num_threads = THREADS_PER_SM * (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED_SMS
         )
-        sampler = HostSampler(self._states, PhiloxNoise(spec.vocab_size, self._num_threads), path)
+        sampler = HostSampler(self._states, PhiloxNoise(spec.vocab_size, device, self._num_threads), path)
         self._host_rows = HostRows(self._states, self._device_states, sampler)
         warm_up(self, spec, config.cache)
         self._states.free(0)

@@ -20,6 +20,11 @@ KEPT_FILLS = 2
 class RandomNumbers(Protocol):
     """What the host's choices need of random numbers, by group."""
 
+    @property
+    def device(self) -> torch.device:
+        """Whose generator's numbers they are."""
+        ...
+
     def open(self, group_id: int, seed: int, num_rows: int) -> None: ...
 
     def close(self, group_id: int) -> None: ...

@@ -30,8 +30,10 @@ SMALLEST: Final = np.float32(2.0**-24)
 class PhiloxNoise:
     """As `noise.Noise`. Holds a seed per group: a number is a function of that, step, row and token."""
 
-    def __init__(self, vocab_size: int, num_threads: int) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, num_threads: int) -> None:
         """`num_threads`: what the card runs at once, see `octavo_kernels.philox.random_words`."""
+        self.device = device
+        """The model's; the numbers are the host's."""
         self._vocab_size = vocab_size
         self._num_threads = num_threads
         self._seeds: dict[int, tuple[int, int]] = {}

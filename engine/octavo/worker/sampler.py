@@ -200,7 +200,7 @@ class Sampler:
             mark = states.params[slot].watermarking_config
             assert mark is not None
             history = states.hist[slot, : states.length[slot]]
-            copy[row] = watermarked(scores[row], history, int(states.prompt_len[slot]), mark)
+            copy[row] = watermarked(scores[row], history, int(states.prompt_len[slot]), mark, self._noise.device)
         return copy
 
     def _race(
