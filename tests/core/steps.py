@@ -54,7 +54,8 @@ class Heard:
 
 
 class Steps:
-    """A scheduler whose model always answers 7, until a request's length is reached."""
+    """A scheduler whose model always answers 7, until a request's length is reached. The tokens of requests with
+    logprobs are chosen on the host."""
 
     def __init__(self, *, num_blocks: int = 100, block_size: int = 4, max_model_len: int = 100, **options: object):
         caching = options.pop("prefix_caching", True)
@@ -64,6 +65,7 @@ class Steps:
             CacheConfig(block_size=block_size, enable_prefix_caching=bool(caching)),
             num_blocks=num_blocks,
             max_model_len=max_model_len,
+            needs_host=lambda params, logprobs: logprobs is not None,
         )
         self.now = 0.0
         self.heard = Heard()

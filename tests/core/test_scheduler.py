@@ -7,7 +7,8 @@ from core.steps import Steps, request
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.scheduler import Scheduler
 from octavo.errors import Reason
-from octavo.types import FinishReason
+from octavo.step import LogprobSpec
+from octavo.types import FinishReason, LogprobKind
 
 # --- order and budget -------------------------------------------------------------------------------------------------
 
@@ -339,6 +340,19 @@ def test_next_step_is_scheduled_before_the_tokens_of_the_last_one_are_known() ->
     steps.finish(third)
     assert steps.heard.tokens == {1: [7, 7, 7]}
     assert not steps.scheduler.has_work
+
+
+def test_a_request_that_needs_the_host_waits_for_its_token_and_others_do_not() -> None:
+    steps = Steps(pipeline_depth=1, max_chunk_tokens=4)
+    steps.add(request(1, 6, new_tokens=3, logprobs=LogprobSpec(1, LogprobKind.RAW_LOGPROB, [])), request(2, 2))
+    plans = [steps.plan()]
+    launched = [steps.rows(plans[0])]
+    for _ in range(5):
+        plans.append(steps.plan())
+        launched.append(steps.rows(plans[-1]))
+        if (step := plans.pop(0)) is not None:
+            steps.finish(step)
+    assert launched == [{1: 4, 2: 2}, {2: 1, 1: 2}, {2: 1}, {2: 1, 1: 1}, {}, {1: 1}]
 
 
 def test_blocks_of_an_ended_request_stay_until_no_launched_step_contains_it() -> None:

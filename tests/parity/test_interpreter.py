@@ -11,8 +11,10 @@ import pytest
 import torch
 from octavo.checkpoint import resolve
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
-from octavo.types import EngineLoad, GenerationParams, LogprobKind, SequenceBias
+from octavo.frontend.watermarks import resolve_watermark
+from octavo.step import LogprobSpec, ModelRunnerOutput, NewRequest, SchedulerOutput
+from octavo.types import EngineLoad, GenerationParams, GreenListWatermark, LogprobKind, SequenceBias, Watermark
+from octavo.worker.host_sampler import HostSampler
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.runner import load_runner
 from parity.cases import Answer, Case, random_cases, transformers_answers
@@ -38,6 +40,7 @@ class PhiloxNoise:
     """The random numbers of CUDA in the place of the CPU's: the same interface as `octavo.worker.noise.Noise`."""
 
     def __init__(self) -> None:
+        self.device = torch.device("cpu")
         self._seeds: dict[int, int] = {}
 
     def open(self, group_id: int, seed: int, num_rows: int) -> None:
@@ -102,7 +105,7 @@ def answers_of(device: str, path: Path, cases: list[Case], **fields: int | bool)
     config = config_of(device, path, **fields)
     runner = load_runner(config, lambda text: None)
     if isinstance(runner, ModelRunner):
-        runner._noise = runner._sampler._noise = PhiloxNoise()  # type: ignore[assignment]
+        runner._host = HostSampler(runner._states, PhiloxNoise(), path)
     return engine_answers(config, cases, order_seed=1, runner=runner)
 
 
@@ -156,27 +159,32 @@ def test_the_expected_tokens_are_not_all_alike(expected):
 
 
 def test_logprobs_of_output_and_prompt_equal_the_cpu_path(path):
-    """The vocabulary is no multiple of what the device pads it to."""
-    spec = LogprobSpec(3, LogprobKind.RAW_LOGPROB, [5])
-    request = NewRequest(
-        slot=0,
-        group_id=0,
-        row=0,
-        num_rows=1,
-        token_ids=np.arange(3, 15, dtype=np.int32),
-        prompt_len=12,
-        num_computed_tokens=0,
-        block_ids=np.array([1], np.int32),
-        params=GenerationParams(),
-        max_total_tokens=20,
-        eos_token_ids=(),
-        stop_token_ids=(),
-        seed=0,
-        logprobs=spec,
-        prompt_logprobs=2,
-    )
-    one = np.ones(1, np.int32)
-    step = SchedulerOutput(1, one * 0, one * 0, one * 12, np.ones(1, bool), 0, new_requests=[request])
+    """The vocabulary is no multiple of what the device pads it to; the first row's token is chosen on the host."""
+    mark = Watermark(green_list=GreenListWatermark(bias=3.0))
+    requests = [
+        NewRequest(
+            slot=slot,
+            group_id=slot,
+            row=0,
+            num_rows=1,
+            token_ids=np.arange(3 + slot, 15, dtype=np.int32),
+            prompt_len=12 - slot,
+            num_computed_tokens=0,
+            block_ids=np.array([1 + slot], np.int32),
+            params=params,
+            max_total_tokens=20,
+            eos_token_ids=(),
+            stop_token_ids=(),
+            seed=0,
+            logprobs=LogprobSpec(num_top, LogprobKind.RAW_LOGPROB, [5]),
+            prompt_logprobs=2,
+        )
+        for slot, (num_top, params) in enumerate(
+            [(1, GenerationParams(watermarking_config=resolve_watermark(mark))), (3, GenerationParams())]
+        )
+    ]
+    slots, lengths = np.arange(2, dtype=np.int32), np.array([12, 11], np.int32)
+    step = SchedulerOutput(1, slots, slots * 0, lengths, np.ones(2, bool), 0, new_requests=requests)
     outputs = []
     for device in ("cpu", "interpreter"):
         runner = load_runner(config_of(device, path), lambda text: None)
@@ -184,12 +192,22 @@ def test_logprobs_of_output_and_prompt_equal_the_cpu_path(path):
         runner.close()
     expected, found = outputs
     assert found.token_ids.tolist() == expected.token_ids.tolist()
-    for name in ("chosen", "top_values", "requested"):
-        assert getattr(found.logprobs, name) == pytest.approx(getattr(expected.logprobs, name), abs=1e-5)
-    assert found.logprobs.top_token_ids.tolist() == expected.logprobs.top_token_ids.tolist()
-    [prompt], [expected_prompt] = found.prompt_logprobs, expected.prompt_logprobs
-    assert prompt.chosen == pytest.approx(expected_prompt.chosen, abs=1e-5)
-    assert prompt.top_token_ids.tolist() == expected_prompt.top_token_ids.tolist()
+    assert logprobs_of(found, 0) == logprobs_of(expected, 0)
+    assert logprobs_of(found, 1) == logprobs_of(expected, 1)
+    for prompt, expected_prompt in zip(found.prompt_logprobs, expected.prompt_logprobs, strict=True):
+        assert prompt.chosen == pytest.approx(expected_prompt.chosen, abs=1e-5)
+        assert prompt.top_token_ids.tolist() == expected_prompt.top_token_ids.tolist()
+
+
+def logprobs_of(output: ModelRunnerOutput, row: int) -> tuple[list[int], list[float]]:
+    """Rank and top ids; values of the chosen, the top and the requested tokens, rounded."""
+    values = output.logprobs
+    assert values is not None
+    i = values.rows.tolist().index(row)
+    top = slice(values.top_offsets[i], values.top_offsets[i + 1])
+    requested = slice(values.requested_offsets[i], values.requested_offsets[i + 1])
+    numbers = [values.chosen[i], *values.top_values[top], *values.requested[requested]]
+    return [int(values.ranks[i]), *values.top_token_ids[top].tolist()], np.round(numbers, 4).tolist()
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ from octavo.step import (
     PromptLogprobs,
     SchedulerOutput,
 )
-from octavo.types import FinishReason
+from octavo.types import FinishReason, GenerationParams
 from property.beam_oracle import choose
 from property.oracle import MASK, VOCAB_SIZE, WEIGHTS, TagChain, finish_of, make_tag, mix, next_token
 
@@ -36,6 +36,11 @@ class ContractError(AssertionError):
 def require(condition: object, message: str, *details: object) -> None:
     if not condition:
         raise ContractError(" ".join([message, *map(str, details)]))
+
+
+def needs_host(params: GenerationParams) -> bool:
+    """A third of the requests, as if their tokens were chosen on the host."""
+    return (params.seed or 0) % 3 == 1
 
 
 def num_beams(request: NewRequest) -> int:
@@ -55,6 +60,8 @@ class Slot:
     num_computed: int
     started: bool = True
     """False for a row of a beam search that was not scheduled since it entered: where it starts is up to the core."""
+    sampled_in: int = 0
+    """The last step that gave it a token."""
     finished: FinishReason | None = None
     """A finished or failed request's rows are muted: they write nothing and answer -1."""
 
@@ -245,6 +252,10 @@ class FakeRunner:
             require(slot_id in self.slots, "row of an empty slot:", slot_id)
             require(count >= 1, "empty row:", slot_id)
             slot = self.slots[slot_id]
+            if needs_host(slot.request.params):
+                require(slot.sampled_in not in self.unread, "scheduled before its token was read:", slot_id)
+            if step.samples[row]:
+                slot.sampled_in = step.step_id
             if row < step.num_decode_rows:
                 require(count == 1 and step.samples[row], "not a decode row:", row)
             if slot.finished is not None:

@@ -15,7 +15,7 @@ from octavo.ipc import BeamSequence, EngineCoreOutputs, EngineCoreRequest
 from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
 from octavo.types import FinishReason, GenerationParams, LogprobKind
 from property.beam_oracle import beam_answer
-from property.fake_runner import FakePendingStep, FakeRunner, require
+from property.fake_runner import FakePendingStep, FakeRunner, needs_host, require
 from property.oracle import VOCAB_SIZE, Answer, answer
 from property.records import PromptSpec, SentPrompt, Sequence, columns
 
@@ -32,7 +32,13 @@ class Session:
         self.block_size = cache.block_size
         self.num_blocks = num_blocks
         self.check = check
-        self.scheduler = Scheduler(scheduler, cache, num_blocks=num_blocks, max_model_len=max_model_len)
+        self.scheduler = Scheduler(
+            scheduler,
+            cache,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            needs_host=lambda params, logprobs: needs_host(params),
+        )
         self.runner = FakeRunner(
             num_blocks=num_blocks,
             block_size=cache.block_size,

@@ -16,6 +16,7 @@ from octavo.core.block_pool import BlockPool
 from octavo.core.groups import PromptShares
 from octavo.core.kv_cache_manager import KVCacheManager
 from octavo.core.request import Group, Request, RequestStatus
+from octavo.core.running_batch import RunningBatch
 from octavo.core.scheduler import Scheduler
 from octavo.step import Int32s, SchedulerOutput
 from property.fake_runner import FakePendingStep, FakeRunner
@@ -183,6 +184,11 @@ def evicted_block_still_indexed(patch: Patch) -> None:
     patch.setattr(BlockPool, "_evict", mutant)
 
 
+def token_not_awaited(patch: Patch) -> None:
+    """A request whose tokens the host chooses is scheduled while one is in flight."""
+    patch.setattr(RunningBatch, "wait_for_host", lambda self, slot: None)
+
+
 MUTANTS = [
     dropped_free,
     double_free,
@@ -197,6 +203,7 @@ MUTANTS = [
     salt_left_out,
     hash_without_parent,
     evicted_block_still_indexed,
+    token_not_awaited,
 ]
 
 

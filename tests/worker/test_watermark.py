@@ -13,6 +13,7 @@ from octavo.worker.watermark import watermarked
 from worker.sampling import Row, every_processed_logit, random_row, sample_together
 
 VOCAB_SIZE = 997
+CPU = torch.device("cpu")
 
 
 def green(scheme: SeedingScheme = SeedingScheme.LEFTHASH, **fields) -> Watermark:
@@ -76,7 +77,7 @@ def test_every_step_equals_transformers(mark: Watermark):
             scores[scores < 3.0] = -torch.inf
         expected = processor(torch.tensor([history]), scores[None])[0]
         before = scores.clone()
-        actual = watermarked(scores, np.array(history, np.int32), len(prompt), mark)
+        actual = watermarked(scores, np.array(history, np.int32), len(prompt), mark, CPU)
         assert torch.equal(actual, expected)
         assert torch.equal(scores, before)
         marked += not torch.equal(actual, scores)
@@ -111,7 +112,7 @@ def test_marks_come_after_all_filters_and_leave_other_rows_alone():
     for i, (row, mark) in enumerate(zip(rows, marks, strict=True)):
         expected = unmarked_scores[i]
         if mark is not None:
-            expected = watermarked(expected, np.array(row.token_ids, np.int32), row.prompt_len, mark)
+            expected = watermarked(expected, np.array(row.token_ids, np.int32), row.prompt_len, mark, CPU)
         assert torch.equal(scores[i], expected)
         assert together.token_ids[i] == row.expected_token(expected)
     assert (together.token_ids != plain.token_ids).sum() > 5

@@ -2,7 +2,8 @@
 
 Both are functions of a row's scores and its history alone. transformers' SynthID processor keeps a state between steps;
 here what it would hold is computed from the history, so that a preempted request goes on as if nothing had happened.
-Permutations and tables come from torch's generator of the scores' kind of device, as in transformers.
+Permutations and tables come from torch's generator of the model's kind of device, as in transformers, wherever the
+scores are: who looks for the mark on that device finds it.
 
 Sources: WatermarkLogitsProcessor and SynthIDTextWatermarkLogitsProcessor (huggingface/transformers,
 src/transformers/generation/logits_process.py); Kirchenbauer et al. 2023, arXiv:2301.10226; Dathathri et al. 2024,
@@ -29,28 +30,29 @@ LCG_MULTIPLIER = 6364136223846793005
 LOWEST = torch.finfo(torch.float32).min
 
 
-def watermarked(scores: Tensor, history: Int32s, prompt_len: int, watermark: Watermark) -> Tensor:
+def watermarked(scores: Tensor, history: Int32s, prompt_len: int, watermark: Watermark, device: torch.device) -> Tensor:
     """The row with the mark put on it.
 
     Args:
         scores: float32 [V] processed, and filtered when sampling; not changed.
         history: int32 [L] prompt and output so far.
         watermark: resolved.
+        device: whose generator is used.
     """
     if watermark.synth_id is not None:
-        return _synth_id(scores, history[prompt_len:], watermark.synth_id)
+        return _synth_id(scores, history[prompt_len:], watermark.synth_id, device)
     assert watermark.green_list is not None
-    return _green_list(scores, history, watermark.green_list)
+    return _green_list(scores, history, watermark.green_list, device)
 
 
-def _green_list(scores: Tensor, history: Int32s, mark: GreenListWatermark) -> Tensor:
+def _green_list(scores: Tensor, history: Int32s, mark: GreenListWatermark, device: torch.device) -> Tensor:
     """Adds the bias to the green tokens. A history shorter than the context is not marked."""
     ratio, bias, key, width = mark.greenlist_ratio, mark.bias, mark.hashing_key, mark.context_width
     assert ratio is not None and bias is not None and key is not None and width is not None
     if len(history) < width:
         return scores
     size = int(scores.shape[0] * ratio)
-    generator = torch.Generator(scores.device)
+    generator = torch.Generator(device)
     if mark.seeding_scheme is SeedingScheme.SELFHASH:
         green = _self_hashed(scores, history[-width:], key, size, generator)
     else:
@@ -63,11 +65,11 @@ def _green_list(scores: Tensor, history: Int32s, mark: GreenListWatermark) -> Te
 def _self_hashed(scores: Tensor, context: Int32s, key: int, size: int, generator: torch.Generator) -> Tensor:
     """The most likely tokens that are in the green list which they seed themselves, with `width` tokens up to them."""
     best = scores.sort(descending=True).indices[:SELF_HASH_CANDIDATES]
-    table = _hash_table(key, str(scores.device))
+    table = _hash_table(key, str(generator.device))
     green = []
     for token in best.tolist():
         window = np.append(context, token)[-len(context) :]
-        hashes = table[torch.from_numpy(window % HASH_TABLE_SIZE).to(table.device).long()] + 1
+        hashes = table[torch.from_numpy(window % HASH_TABLE_SIZE).long()] + 1
         seed = int((key * hashes * hashes[-1]).min())
         if (_permutation(scores, seed, generator)[:size] == token).any():
             green.append(token)
@@ -76,16 +78,16 @@ def _self_hashed(scores: Tensor, context: Int32s, key: int, size: int, generator
 
 def _permutation(scores: Tensor, seed: int, generator: torch.Generator) -> Tensor:
     generator.manual_seed(seed % SEED_MODULUS)
-    return torch.randperm(scores.shape[0], generator=generator, device=scores.device)
+    return torch.randperm(scores.shape[0], generator=generator, device=generator.device).to(scores.device)
 
 
 @functools.lru_cache(maxsize=4)
 def _hash_table(key: int, device: str) -> Tensor:
-    """int64 [HASH_TABLE_SIZE] a permutation; 8 MB."""
-    return torch.randperm(HASH_TABLE_SIZE, generator=torch.Generator(device).manual_seed(key), device=device)
+    """int64 [HASH_TABLE_SIZE] a permutation, on the host; 8 MB."""
+    return torch.randperm(HASH_TABLE_SIZE, generator=torch.Generator(device).manual_seed(key), device=device).cpu()
 
 
-def _synth_id(scores: Tensor, output: Int32s, mark: SynthIdWatermark) -> Tensor:
+def _synth_id(scores: Tensor, output: Int32s, mark: SynthIdWatermark, device: torch.device) -> Tensor:
     """Raises, layer by layer, the probability of tokens with a 1 in the table. A context seen before is not marked."""
     size, seed, num_remembered = mark.sampling_table_size, mark.sampling_table_seed, mark.context_history_size
     assert size is not None and seed is not None and num_remembered is not None
@@ -96,7 +98,7 @@ def _synth_id(scores: Tensor, output: Int32s, mark: SynthIdWatermark) -> Tensor:
     seen = contexts[first:-1][-num_remembered:]
     if contexts[-1] in seen or (contexts[-1] == 0 and len(seen) < num_remembered):  # transformers' ring begins as zeros
         return scores
-    table = _sampling_table(size, seed, str(scores.device))
+    table = _sampling_table(size, seed, str(device)).to(scores.device)
     tokens = torch.arange(scores.shape[0], device=scores.device)
     hashes = _accumulate(torch.tensor(int(contexts[-1]), device=scores.device), tokens)
     probs = scores[None].softmax(1)
@@ -125,5 +127,6 @@ def _accumulate(hashes: Tensor, data: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _sampling_table(size: int, seed: int, device: str) -> Tensor:
-    """int64 [size] of zeros and ones."""
-    return torch.randint(0, 2, (size,), generator=torch.Generator(device).manual_seed(seed), device=device)
+    """int64 [size] of zeros and ones, on the host."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randint(0, 2, (size,), generator=generator, device=device).cpu()
