@@ -34,7 +34,8 @@ text.axis { text-anchor: middle; } line.grid { stroke: var(--rule); }
 line.limit { stroke: var(--dim); stroke-dasharray: 5 4; } polyline { fill: none; stroke: var(--own); stroke-width: 2; }
 circle { fill: var(--own); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: 0; margin: .2rem 0 0 3.5rem;
-  font-size: .85rem; } .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem; background: var(--own); }
+  font-size: .85rem; } .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem;
+  background: var(--own); }
 """ + "".join(f".s{n} {{ --own: var(--c{n}); }}\n" for n in range(SERIES))
 
 _CDFS: Final[Mapping[str, Callable[[Record], float | None]]] = {
