@@ -136,6 +136,8 @@ class Summary:
     """In the best second."""
     max_concurrent_requests: int
     """Most requests in flight at one instant, failed ones included."""
+    in_flight_at_last_send: int
+    """The last one included: near `max_concurrent_requests` where the server cannot keep up with the rate."""
     late_sends: int
     """More than LATE seconds after schedule."""
     metrics: dict[str, Distribution | None]
@@ -175,6 +177,7 @@ def summarize(records: Sequence[Record], slo: dict[str, float], *, streamed: boo
         total_token_throughput=(given + made) * per_second,
         max_output_tokens_per_s=best_second(done),
         max_concurrent_requests=peak_concurrency(records),
+        in_flight_at_last_send=in_flight_at_last_send(records),
         late_sends=sum(record.delay > LATE for record in records),
         metrics=_metrics(records, done, scheduled=scheduled, streamed=streamed),
     )
@@ -225,6 +228,12 @@ def peak_concurrency(records: Sequence[Record]) -> int:
     """Most requests in flight at one instant. One that ends when another is sent does not overlap it."""
     changes = sorted([(record.sent, 1) for record in records] + [(record.ended, -1) for record in records])
     return int(max(np.cumsum([change for _, change in changes]), default=0))
+
+
+def in_flight_at_last_send(records: Sequence[Record]) -> int:
+    """Requests that were running when the last one was sent, itself included."""
+    last = max((record.sent for record in records), default=0.0)
+    return sum(record.sent <= last < record.ended for record in records)
 
 
 def best_second(records: Sequence[Record]) -> float:

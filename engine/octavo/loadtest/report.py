@@ -15,6 +15,8 @@ BUSY: Final = 0.9
 """Share of its time that a client's event loop may compute before the report warns."""
 LAG: Final = 0.020
 """Seconds that it may wake late at the 99th percentile."""
+SUSTAINED: Final = 0.9
+"""Part of the offered rate below which the report says what was in flight at the end."""
 TITLES: Final = {
     "ttft": "TTFT",
     "tpot": "TPOT",
@@ -111,10 +113,16 @@ def notes(points: Sequence[Row]) -> list[str]:
 
 
 def _server_notes(row: Row) -> list[str]:
-    numbers, found = row.summary, []
+    numbers, rate = row.summary, row.result.point.rate
+    found: list[str] = []
     if row.result.cut_short:
         left = f", {row.result.not_sent} were not sent" if row.result.not_sent else ""
         found.append(f"cut short; {numbers.unfinished} requests were running{left}")
+    elif rate is not None and not math.isinf(rate) and numbers.request_throughput < SUSTAINED * rate:
+        found.append(
+            f"{_number(numbers.request_throughput)} of {rate:g} req/s completed; "
+            f"{numbers.in_flight_at_last_send} requests were in flight when the last one was sent"
+        )
     if numbers.failed:
         codes = ", ".join(f"{count} {name}" for name, count in numbers.failures.items())
         message = next(record.message for record in row.result.records if record.failed)
@@ -124,14 +132,14 @@ def _server_notes(row: Row) -> list[str]:
     if numbers.tokens_per_message > 1.05 and numbers.metrics["itl"] is not None:
         found.append(f"a message brought {numbers.tokens_per_message:.2f} tokens on average; ITL is per message")
     if numbers.total_cached_tokens:
-    if numbers.total_cached_tokens:
         cached = f"{numbers.total_cached_tokens} of {numbers.total_input_tokens} input tokens"
         found.append(f"{cached} were in the prefix cache; another --seed has other prompts")
     return found
 
 
 def _client_notes(row: Row) -> list[str]:
-    found, delay = [], row.summary.metrics.get("send_delay")
+    found: list[str] = []
+    delay = row.summary.metrics.get("send_delay")
     if row.summary.late_sends and delay is not None:
         found.append(
             f"{row.summary.late_sends} of {len(row.result.records)} requests were sent more than 10 ms late "
