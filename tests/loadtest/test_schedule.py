@@ -1,4 +1,4 @@
-"""Arrivals have the distribution that they are named after, and the same seed is the same schedule for any processes."""
+"""Arrivals have the distribution they are named after; the same seed is the same schedule for any processes."""
 
 from __future__ import annotations
 
