@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import subprocess
@@ -59,7 +58,7 @@ def test_open_loop_from_two_processes(server: FakeServer, tmp_path: Path, capsys
 
 def test_the_requests_do_not_depend_on_the_number_of_processes(server: FakeServer) -> None:
     seen = []
-    for processes in ("1", "3"):
+    for processes in ("1", "2"):
         server.requests.clear()
         load = ("--rate", "inf", "--num-requests", "12", "--warmup", "0", "--dataset", "sharegpt-like")
         assert bench(server, *load, "--processes", processes) == 0
@@ -169,13 +168,9 @@ def test_ctrl_c_prints_what_was_measured(server: FakeServer, tmp_path: Path) -> 
     path, data = tmp_path / "a.json", tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "one two"}\n{"prompt": "forever"}\n')
     load = ("--rate", "inf", "--num-requests", "6", "--warmup", "0", "--processes", "2")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "octavo.cli", "bench", "--address", server.address, *load]
-        + ["--dataset", str(data), "--json", str(path)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with contextlib.closing(process.stdout):  # type: ignore[type-var]
+    command = [sys.executable, "-m", "octavo.cli", "bench", "--address", server.address, "--json", str(path), *load]
+    process = subprocess.Popen([*command, "--dataset", str(data)], stdout=subprocess.PIPE, text=True)
+    with process:
         deadline = time.monotonic() + 30
         while len(server.requests) < 6 and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -56,7 +56,7 @@ class PointRun:
         """Sends everything and waits for the answers; returns what is known of this process. `start`: time of the
         monotonic clock."""
         self._start = start
-        await asyncio.sleep(start - time.monotonic())
+        await self._sleep_until(0.0)
         watcher = asyncio.create_task(self._watch())
         busy = time.thread_time()
         try:
@@ -96,8 +96,14 @@ class PointRun:
         times = arrivals(rate, count, self.point.burstiness, self.job.workload.seed)
         async with asyncio.TaskGroup() as group:
             for index in self._share():
-                await asyncio.sleep(max(0.0, times[index] - self._now()))
+                await self._sleep_until(times[index])
                 group.create_task(self._send(index, float(times[index])))
+
+    async def _sleep_until(self, time: float) -> None:
+        """Yields at least once, and never ends early: the loop's timers have a resolution of 1 ms and may."""
+        await asyncio.sleep(0)
+        while (left := time - self._now()) > 0:
+            await asyncio.sleep(left)
 
     async def _closed(self) -> None:
         indices = self._share()
