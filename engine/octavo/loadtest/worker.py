@@ -44,6 +44,8 @@ class PointRun:
     records: list[Record] = field(default_factory=list)
     lags: list[float] = field(default_factory=list)
     """Seconds by which the event loop was late."""
+    progress: dict[str, int] = field(default_factory=lambda: {"over": 0, "failed": 0, "running": 0, "late": 0})
+    """Requests by state, for people to look at while it runs."""
     _prompts: dict[int, str | list[int]] = field(default_factory=dict)
     _start: float = 0.0
 
@@ -72,15 +74,6 @@ class PointRun:
         lags = self.lags or [0.0]
         return {"lag_p99": float(np.percentile(lags, 99)), "lag_max": max(lags)}
 
-    def progress(self) -> dict[str, int]:
-        over = [record for record in self.records if record.ended]
-        return {
-            "over": len(over),
-            "failed": sum(record.failed for record in over),
-            "running": len(self.records) - len(over),
-            "late": sum(record.delay > LATE for record in self.records if record.sent),
-        }
-
     def _now(self) -> float:
         return time.monotonic() - self._start
 
@@ -102,8 +95,10 @@ class PointRun:
     async def _sleep_until(self, time: float) -> None:
         """Yields at least once, and never ends early: the loop's timers have a resolution of 1 ms and may."""
         await asyncio.sleep(0)
-        while (left := time - self._now()) > 0:
+        left = time - self._now()
+        while left > 0:
             await asyncio.sleep(left)
+            left = time - self._now()
 
     async def _closed(self) -> None:
         indices = self._share()
@@ -123,7 +118,12 @@ class PointRun:
         prompt = self._prompts.pop(index, None) or self._prompt(index)
         record = Record(index, scheduled, wanted=self.job.workload.lengths(index)[1])
         self.records.append(record)
+        self.progress["running"] += 1
         await self.sender.send(record, prompt, self._now)
+        self.progress["running"] -= 1
+        self.progress["over"] += 1
+        self.progress["failed"] += record.failed
+        self.progress["late"] += record.delay > LATE
 
     async def _watch(self) -> None:
         reported = 0.0
@@ -134,7 +134,7 @@ class PointRun:
             self.lags.append(max(0.0, after - before - _LAG))
             if after - reported >= _PROGRESS:
                 reported = after
-                tell({"progress": self.progress()})
+                tell({"progress": self.progress})
 
 
 def tell(message: dict[str, Any]) -> None:
