@@ -85,7 +85,7 @@ def test_notes_tell_what_neither_side_kept_up_with() -> None:
     assert "1 outputs were shorter" in text
     assert "1 of 10 requests were sent more than 10 ms late (p99 2730 ms): the client did not keep up" in text
     assert "computed 95% of the time" in text
-    assert "woke 50 ms late" in text
+    assert "woke 50 ms late at p99" in text
     assert "prefix cache" in text
     assert "highest load with p99 TTFT <= 200 ms, p99 E2EL <= 5000 ms and no failure: 4 req/s" in text
 

@@ -64,9 +64,9 @@ def page(points: Sequence[Row], header: Mapping[str, Mapping[str, Any]], notes: 
 
 
 def _curves(points: Sequence[Row]) -> list[str]:
-    """Latency over output throughput, in order of the throughput."""
+    """Latency over output throughput, in order of the load: where a server is overloaded, a curve turns back."""
     charts = []
-    ordered = sorted(points, key=lambda row: row.summary.output_throughput)
+    ordered = sorted(points, key=lambda row: row.result.point.rate or row.result.point.concurrency or 0)
     for metric in ("ttft", "tpot", "itl", "e2el"):
         found = [(row.summary.output_throughput, row.summary.metrics[metric]) for row in ordered]
         series = [

@@ -153,7 +153,7 @@ def _client_notes(row: Row) -> list[str]:
         )
     if lag > LAG:
         found.append(
-            f"a client process woke {lag * 1e3:.0f} ms late at p99, so latencies are too high by about that: "
+            f"a client process woke {lag * 1e3:.0f} ms late at p99, and may have seen messages as much too late: "
             "its machine is short of CPU"
         )
     return found
