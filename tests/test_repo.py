@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["engine/octavo", "kernels/octavo_kernels", "proto/octavo_proto"]
 TORCH_FREE = ["octavo.core", "octavo.frontend", "octavo.server", "octavo.client", "octavo.cli", "octavo.supervisor"]
+TORCH_FREE += ["octavo.cli_bench", "octavo.loadtest"]
 SERIALISERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 

@@ -17,6 +17,7 @@ from octavo import __version__
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "serve": ("octavo.cli_serve", "start a server"),
     "generate": ("octavo.cli_generate", "complete texts"),
+    "bench": ("octavo.cli_bench", "load a server and measure it"),
     "health": ("octavo.cli_control", "ask whether a server is serving"),
     "info": ("octavo.cli_control", "show a server's version, device and capacity"),
     "load": ("octavo.cli_control", "show what a server is doing"),

@@ -64,11 +64,15 @@ def connect(options: argparse.Namespace, *, admin: bool = False, retry: bool = T
     from octavo.client import TLS, Client
 
     addresses = options.address or [ADDRESS]
-    key = Path(options.api_key_file).read_text().strip() if options.api_key_file else None
     if admin:
         addresses = [options.admin_address or admin_address(addresses[0])]
     tls = TLS(options.tls_ca, options.tls_cert, options.tls_key) if options.tls or options.tls_ca else False
-    return Client(*addresses, tls=tls, api_key=key, retry=retry)
+    return Client(*addresses, tls=tls, api_key=read_api_key(options), retry=retry)
+
+
+def read_api_key(options: argparse.Namespace) -> str | None:
+    """The key in --api-key-file. Raises OSError."""
+    return Path(options.api_key_file).read_text().strip() if options.api_key_file else None
 
 
 def guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

@@ -233,7 +233,7 @@ class FakeServer(
         return model_pb2.DetokenizeResponse(texts=[" ".join(map(str, entry.ids)) for entry in request.token_ids])
 
     async def GetModel(self, request: Any, context: Any) -> Any:
-        return model_pb2.GetModelResponse(model="fake", n_positions=1024)
+        return model_pb2.GetModelResponse(model="fake", n_positions=1024, vocab_size=100)
 
     async def GetServerInfo(self, request: Any, context: Any) -> Any:
         return control_pb2.GetServerInfoResponse(version="0.0", model="fake", device="cpu", total_kv_blocks=64)
