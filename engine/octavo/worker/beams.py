@@ -20,12 +20,13 @@ from octavo.errors import Reason
 from octavo.step import BeamChoice, Bools, Int32s, ModelRunnerOutput, NewRequest
 from octavo.tokenizer import Tokenizer
 from octavo.types import EarlyStopping, GenerationParams
+from octavo.worker.beam_logprobs import shown_values
 from octavo.worker.beam_search import BeamParams, BeamSearch, StopFinder, contains_stop
 from octavo.worker.features import FILTERS, PROCESSORS, WATERMARK, Feature
 from octavo.worker.logits import process_logits
 from octavo.worker.request_states import Int64s, RequestStates
 from octavo.worker.warpers import keep_interval, ranked_interval, scale
-from octavo.worker.watermark import watermarked
+from octavo.worker.watermark import mark_rows, watermarked
 
 log = logging.getLogger(__name__)
 
@@ -89,17 +90,19 @@ class Beams:
     def _choose(self, search: BeamSearch, logits: Tensor, slots: Int32s, out_of_time: bool) -> BeamChoice | Reason:
         if bool(logits.isnan().any() | (logits == math.inf).any()):
             return Reason.NON_FINITE_LOGITS
-        states = self._states
-        flat = search.accumulated(self._scores(logits, slots, search.params.min_keep))
+        states, spec = self._states, search.params.logprobs
+        scores = self._scores(logits, slots, search)
+        flat = search.accumulated(scores)
         best = float(flat.max())  # NaN if there is one
         if math.isnan(best) or best == -math.inf or (best == math.inf and search.params.do_sample):
             return Reason.NON_FINITE_SCORES
         histories = states.hist[slots, : states.length[slots[0]]]
-        selected = search.select(flat, histories, out_of_time=out_of_time)
+        values = None if spec is None else shown_values(logits, scores, spec.kind)
+        selected = search.select(flat, histories, values, out_of_time=out_of_time)
         states.advance_beams(slots, selected.parents, selected.token_ids, ended=selected.found is not None)
         return BeamChoice(int(slots[0]), selected.parents, selected.token_ids, selected.found)
 
-    def _scores(self, logits: Tensor, slots: Int32s, min_keep: int) -> Tensor:
+    def _scores(self, logits: Tensor, slots: Int32s, search: BeamSearch) -> Tensor:
         """[k, V] log-probabilities after the whole pipeline; all rows have the same features."""
         states = self._states
         features = states.sampling.features[slots]
@@ -108,12 +111,9 @@ class Beams:
         if used & PROCESSORS:
             process_logits(scores, slots, features, used, states)
         if used & Feature.SAMPLE:
-            scores = self._warped(scores, slots, features, min_keep)
+            scores = self._warped(scores, slots, features, search.params.min_keep)
         if used & WATERMARK:
-            mark, prompt_len = states.params[int(slots[0])].watermarking_config, int(states.prompt_len[slots[0]])
-            assert mark is not None
-            histories = states.hist[slots, : states.length[slots[0]]]
-            scores = torch.stack([watermarked(row, histories[i], prompt_len, mark) for i, row in enumerate(scores)])
+            scores = self._watermarked(scores, slots, search)
         return scores.log_softmax(-1) if used & Feature.RENORMALIZE else scores
 
     def _warped(self, scores: Tensor, slots: Int32s, features: npt.NDArray[np.uint32], min_keep: int) -> Tensor:
@@ -122,6 +122,17 @@ class Beams:
         if features[0] & FILTERS:
             scores = keep_interval(scores, *ranked_interval(scores, slots, features, params, min_keep))
         return scores
+
+    def _watermarked(self, scores: Tensor, slots: Int32s, search: BeamSearch) -> Tensor:
+        """As in transformers, what SynthID remembers of a row stays with the row when its tokens move to another."""
+        states = self._states
+        mark = states.params[int(slots[0])].watermarking_config
+        assert mark is not None
+        if mark.synth_id is not None:
+            appended = np.array(search.appended, np.int32).reshape(-1, len(slots))
+            return mark_rows(scores, appended.T, mark.synth_id)
+        histories, prompt_len = states.hist[slots, : states.length[slots[0]]], int(states.prompt_len[slots[0]])
+        return torch.stack([watermarked(row, histories[i], prompt_len, mark) for i, row in enumerate(scores)])
 
     def _stop_finder(self, request: NewRequest) -> StopFinder:
         """As StopStringCriteria: on bytes, a match ends inside the newest token and may begin in the prompt."""
@@ -158,4 +169,5 @@ def _params_of(request: NewRequest) -> BeamParams:
         length_penalty=1.0 if params.length_penalty is None else float(params.length_penalty),
         early_stopping=params.early_stopping or EarlyStopping.FALSE,
         do_sample=bool(params.do_sample and params.temperature != 0.0),
+        logprobs=request.logprobs,
     )
