@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from octavo.ipc import SequenceLogprobColumns
+from octavo.step import LogprobSpec
 from octavo.types import ExponentialDecay, FinishReason, SequenceBias
 
 TEXT = """I met a traveller from an antique land, Who said "Two vast and trunkless legs of stone
@@ -50,6 +52,7 @@ class Case:
     `allowed_token_ids` as a prefix_allowed_tokens_fn."""
     eos: tuple[int, ...] = ()
     stop: tuple[int, ...] = ()
+    logprobs: LogprobSpec | None = None
 
 
 @dataclass
@@ -60,6 +63,8 @@ class Answer:
     finish: list[FinishReason] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     """Of the sequences of a beam search."""
+    logprobs: list[SequenceLogprobColumns | None] = field(default_factory=list)
+    """The same."""
 
 
 def random_cases(path: Path, count: int, seed: int, *, every_parameter: bool = False) -> list[Case]:

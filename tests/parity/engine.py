@@ -29,6 +29,7 @@ def engine_request(case: Case, key: int) -> EngineCoreRequest:
         stop_token_ids=list(case.stop),
         seed=case.seed,
         arrival_time=time.monotonic(),
+        logprobs=case.logprobs,
     )
 
 
@@ -65,6 +66,7 @@ def _collect(message: EngineCoreOutputs, answers: list[Answer]) -> None:
         answer.token_ids[sequence] = np.frombuffer(found.token_ids, np.int32).tolist()
         answer.finish[sequence] = found.finish
         answer.scores.append(found.score)
+        answer.logprobs.append(found.logprobs)
     keys = np.frombuffer(message.keys, np.int64).tolist()
     tokens = np.frombuffer(message.token_ids, np.int32).tolist()
     finish = np.frombuffer(message.finish, np.uint8).tolist()
