@@ -131,7 +131,8 @@ def searches() -> list[Pair]:
 
 
 def spec(kind: LogprobKind) -> LogprobSpec:
-    return LogprobSpec(num_top=2, kind=kind, token_ids=list(SHOWN))
+    """Of every size from nothing on, whatever the kind."""
+    return LogprobSpec(num_top=kind % 3, kind=kind, token_ids=list(SHOWN[: kind - 1]))
 
 
 def search(rng: random.Random, sampling: dict[str, Any]) -> Case:
@@ -209,27 +210,29 @@ def test_logprobs_follow_the_ancestors_as_transition_scores_do(path, pairs, answ
             for i, ids in enumerate(answer.token_ids):
                 assert close(floats(answer.logprobs[i].chosen), right[i, : len(ids)].numpy()), pair
         for i, ids in enumerate(answer.token_ids):
-            check_values(kind, ids, answer.logprobs[i], found, found.beam_indices[i].tolist())
+            check_values(pair.ours.logprobs, ids, answer.logprobs[i], found, found.beam_indices[i].tolist())
         seen.add((kind, pair.ours.params["do_sample"]))
     assert len(seen) == 8
 
 
-def check_values(kind: LogprobKind, ids: list[int], columns: Any, found: Any, beams: list[int]) -> None:
+def check_values(asked: LogprobSpec, ids: list[int], columns: Any, found: Any, beams: list[int]) -> None:
     """Columns of one sequence, beside the rows of transformers' scores or logits that its ancestors had."""
+    kind, num_top = asked.kind, asked.num_top
     source = found.logits if kind in (LogprobKind.RAW_LOGIT, LogprobKind.RAW_LOGPROB) else found.scores
     rows = [source[step][beam] for step, beam in enumerate(beams[: len(ids)])]
     if kind in (LogprobKind.RAW_LOGPROB, LogprobKind.PROCESSED_LOGPROB):
         rows = [row.log_softmax(-1) for row in rows]
-    assert columns.num_top == 2
+    assert columns.num_top == num_top
     chosen, ranks = floats(columns.chosen), np.frombuffer(columns.ranks, "<i4")
-    tops, top_ids = floats(columns.top_values).reshape(-1, 2), np.frombuffer(columns.top_token_ids, "<i4")
-    requested = floats(columns.requested).reshape(-1, len(SHOWN))
-    assert len(chosen) == len(ranks) == len(tops) == len(requested) == len(ids)
+    tops = floats(columns.top_values).reshape(len(ids), num_top)
+    top_ids = np.frombuffer(columns.top_token_ids, "<i4").reshape(len(ids), num_top)
+    requested = floats(columns.requested).reshape(len(ids), len(asked.token_ids))
+    assert len(chosen) == len(ranks) == len(ids)
     for step, (row, token) in enumerate(zip(rows, ids, strict=True)):
         assert close(chosen[step], row[token].numpy())
-        assert close(tops[step], row.topk(2).values.numpy())
-        assert close(row[torch.from_numpy(top_ids[2 * step : 2 * step + 2].copy()).long()].numpy(), tops[step])
-        assert close(requested[step], row[list(SHOWN)].numpy())
+        assert close(tops[step], row.topk(num_top).values.numpy())
+        assert close(row[top_ids[step].tolist()].numpy(), tops[step])
+        assert close(requested[step], row[asked.token_ids].numpy())
         near = float(chosen[step])
         assert (row > near + 1e-4).sum() < ranks[step] <= (row > near - 1e-4).sum() + 1
 

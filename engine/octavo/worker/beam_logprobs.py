@@ -64,11 +64,12 @@ def columns(trail: Trail | None, spec: LogprobSpec) -> SequenceLogprobs:
         entries.append(trail)
         trail = trail.before
     entries.reverse()
+    size = len(entries)
     return SequenceLogprobs(
         num_top=spec.num_top,
         chosen=np.array([entry.chosen for entry in entries], np.float32),
         ranks=np.array([entry.rank for entry in entries], np.int32),
-        top_token_ids=np.array([entry.top_token_ids for entry in entries], np.int32).reshape(-1, spec.num_top),
-        top_values=np.array([entry.top_values for entry in entries], np.float32).reshape(-1, spec.num_top),
-        requested=np.array([entry.requested for entry in entries], np.float32).reshape(-1, len(spec.token_ids)),
+        top_token_ids=np.array([entry.top_token_ids for entry in entries], np.int32).reshape(size, spec.num_top),
+        top_values=np.array([entry.top_values for entry in entries], np.float32).reshape(size, spec.num_top),
+        requested=np.array([entry.requested for entry in entries], np.float32).reshape(size, len(spec.token_ids)),
     )
