@@ -174,6 +174,8 @@ class BeamSearch:
         """Merges candidates of rank < k that have ended into the pool, by score over output length ** penalty."""
         k = self.params.num_beams
         normalised = found.scores / _power(outputs.shape[1] + 1, self.params.length_penalty)
+        if self._leaves_pool(found, normalised):
+            return
         accepted = found.ended & (torch.arange(len(normalised)) < k)
         normalised = normalised + (~accepted).float() * UNREACHABLE
         merged = torch.cat([torch.tensor([entry.score for entry in self._pool]), normalised])
@@ -188,6 +190,13 @@ class BeamSearch:
                 token_ids = np.append(outputs[found.parents[i]], found.token_ids[i]).astype(np.int32)
                 pool.append(_PoolEntry(float(normalised[i]), token_ids, found.finish[i], found.trails[i]))
         self._pool = pool
+
+    def _leaves_pool(self, found: _Candidates, normalised: Tensor) -> bool:
+        """Whether the merge would change nothing: no candidate enters or beats an empty place, and no score is tied."""
+        if any(found.finish[: self.params.num_beams]) or not float(normalised.max()) <= 0.0:
+            return False
+        scores = [entry.score for entry in self._pool if entry.token_ids is not None]
+        return len(set(scores)) == len(scores) and all(score > UNREACHABLE for score in scores)
 
     def _is_over(self, output_len: int, *, all_ended: bool) -> bool:
         """Nothing left to run, a full pool under early_stopping, or no running row that could enter the pool."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,22 @@ from octavo.worker.warpers import keep_interval, ranked_interval, scale
 from octavo.worker.watermark import mark_rows, watermarked
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A search in a step, its rows in order."""
+
+    group_id: int
+    search: BeamSearch
+    logits: Tensor
+    """float32 [k, V]"""
+    slots: Int32s
+    """[k]"""
+    rows: Int64s
+    """[k] where they are in the step."""
+    valid: bool
+    """The logits have neither NaN nor +inf."""
 
 
 class Beams:
@@ -69,49 +86,88 @@ class Beams:
             rows: [S] where each is in the step.
             expired: groups whose time is over.
         """
-        groups = self._states.group_id[slots]
-        for group_id in np.unique(groups).tolist():
-            members = np.flatnonzero(groups == group_id)
-            members = members[np.argsort(self._states.group_row[slots[members]])]
-            own = logits[torch.from_numpy(members).to(logits.device)].float().cpu()
+        members = self._members(logits, slots, rows)
+        scores = self._scores_together(members)
+        for member in members:
             try:
-                choice = self._choose(self._searches[group_id], own, slots[members], group_id in expired)
+                choice = self._choose(member, scores.get(member.group_id), member.group_id in expired)
             except torch.AcceleratorError:
                 raise
             except Exception:
-                log.exception("the beam search of group %d failed; its request fails with it", group_id)
+                log.exception("the beam search of group %d failed; its request fails with it", member.group_id)
                 choice = Reason.INTERNAL
             if isinstance(choice, Reason):
-                self._states.fail(slots[members])
-                output.failed += [(row, choice) for row in rows[members].tolist()]
+                self._states.fail(member.slots)
+                output.failed += [(row, choice) for row in member.rows.tolist()]
             else:
                 output.beams.append(choice)
 
-    def _choose(self, search: BeamSearch, logits: Tensor, slots: Int32s, out_of_time: bool) -> BeamChoice | Reason:
-        if bool(logits.isnan().any() | (logits == math.inf).any()):
+    def _members(self, logits: Tensor, slots: Int32s, rows: Int64s) -> list[_Member]:
+        """The searches of a step, by group id."""
+        order = np.lexsort((self._states.group_row[slots], self._states.group_id[slots]))
+        logits = logits[torch.from_numpy(order).to(logits.device)].float().cpu()
+        slots, rows = slots[order], rows[order]
+        best = logits.amax(-1).numpy()  # NaN if there is one
+        valid = ~(np.isnan(best) | (best == math.inf))
+        groups, first, sizes = np.unique(self._states.group_id[slots], return_index=True, return_counts=True)
+        spans = [slice(start, start + size) for start, size in zip(first.tolist(), sizes.tolist(), strict=True)]
+        return [
+            _Member(group, self._searches[group], logits[s], slots[s], rows[s], bool(valid[s].all()))
+            for group, s in zip(groups.tolist(), spans, strict=True)
+        ]
+
+    def _scores_together(self, members: list[_Member]) -> dict[int, Tensor]:
+        """[k, V] by group id: `_scores` of searches with the same features at once; none of those where it raises."""
+        scores: dict[int, Tensor] = {}
+        alike: dict[tuple[int, int], list[_Member]] = {}
+        for member in members:
+            if member.valid:
+                used = int(self._states.sampling.features[member.slots[0]])
+                alike.setdefault((used, member.search.params.min_keep), []).append(member)
+        for (_, min_keep), batch in alike.items():
+            logits = torch.cat([member.logits for member in batch])
+            slots = np.concatenate([member.slots for member in batch])
+            try:
+                parts = self._scores(logits, slots, min_keep).split([len(member.slots) for member in batch])
+            except torch.AcceleratorError:
+                raise
+            except Exception:
+                log.exception("scoring %d beam searches together failed; each is tried alone", len(batch))
+                continue
+            scores |= {member.group_id: part for member, part in zip(batch, parts, strict=True)}
+        return scores
+
+    def _choose(self, member: _Member, scores: Tensor | None, out_of_time: bool) -> BeamChoice | Reason:
+        if not member.valid:
             return Reason.NON_FINITE_LOGITS
-        states, spec = self._states, search.params.logprobs
-        scores = self._scores(logits, slots, search)
+        states, search, slots = self._states, member.search, member.slots
+        if scores is None:
+            scores = self._scores(member.logits, slots, search.params.min_keep)
+        scores = self._finished(scores, slots, search)
         flat = search.accumulated(scores)
         best = float(flat.max())  # NaN if there is one
         if math.isnan(best) or best == -math.inf or (best == math.inf and search.params.do_sample):
             return Reason.NON_FINITE_SCORES
-        histories = states.hist[slots, : states.length[slots[0]]]
-        values = None if spec is None else shown_values(logits, scores, spec.kind)
+        histories, spec = states.hist[slots, : states.length[slots[0]]], search.params.logprobs
+        values = None if spec is None else shown_values(member.logits, scores, spec.kind)
         selected = search.select(flat, histories, values, out_of_time=out_of_time)
         states.advance_beams(slots, selected.parents, selected.token_ids, ended=selected.found is not None)
         return BeamChoice(int(slots[0]), selected.parents, selected.token_ids, selected.found)
 
-    def _scores(self, logits: Tensor, slots: Int32s, search: BeamSearch) -> Tensor:
-        """[k, V] log-probabilities after the whole pipeline; all rows have the same features."""
-        states = self._states
-        features = states.sampling.features[slots]
+    def _scores(self, logits: Tensor, slots: Int32s, min_keep: int) -> Tensor:
+        """[S, V] log-probabilities after processors and warpers; all rows have the same features."""
+        features = self._states.sampling.features[slots]
         used = int(features[0])
         scores = logits.log_softmax(-1)
         if used & PROCESSORS:
-            process_logits(scores, slots, features, used, states)
+            process_logits(scores, slots, features, used, self._states)
         if used & Feature.SAMPLE:
-            scores = self._warped(scores, slots, features, search.params.min_keep)
+            scores = self._warped(scores, slots, features, min_keep)
+        return scores
+
+    def _finished(self, scores: Tensor, slots: Int32s, search: BeamSearch) -> Tensor:
+        """[k, V] after what is left of the pipeline."""
+        used = int(self._states.sampling.features[slots[0]])
         if used & WATERMARK:
             scores = self._watermarked(scores, slots, search)
         return scores.log_softmax(-1) if used & Feature.RENORMALIZE else scores
