@@ -128,7 +128,7 @@ class Beams:
             logits = torch.cat([member.logits for member in batch])
             slots = np.concatenate([member.slots for member in batch])
             try:
-                parts = self._scores(logits, slots, min_keep).split([len(member.slots) for member in batch])
+                parts = torch.split(self._scores(logits, slots, min_keep), [len(member.slots) for member in batch])
             except torch.AcceleratorError:
                 raise
             except Exception:
