@@ -94,16 +94,24 @@ CONFIG: Final[dict[str, Entry]] = {
     "suppress_tokens": Supported("never generated; an empty list clears the checkpoint's"),
     "begin_suppress_tokens": Supported("not generated first; an empty list clears the checkpoint's"),
     "renormalize_logits": Supported("shows in processed logprobs and in beams"),
-    "guidance_scale": Supported("twice the work: a second branch starts from negative_prompt"),
-    "watermarking_config": Supported("either class or a dict; acts on greedy rows, too"),
+    "guidance_scale": Supported(
+        "twice the work: a second branch starts from negative_prompt; excludes beams, which generate() mixes up there"
+    ),
+    "watermarking_config": Supported(
+        "either class or a dict; acts on greedy rows, too; SynthID's memory stays with the row of a beam"
+    ),
     # Without a change of the result
-    "prompt_lookup_num_tokens": Supported("a hint: the tokens never depend on it, in transformers sampled ones do"),
+    "prompt_lookup_num_tokens": Supported(
+        "a hint: the tokens never depend on it, in transformers sampled ones do; not with beams"
+    ),
     "max_matching_ngram_size": Supported("the longest n-gram that is looked up"),
     "token_healing": Supported(
         "the prompt's last token is chosen anew among those that extend it",
         "tests/parity/test_healing.py::test_healed_prompts_and_what_follows_equal_transformers",
     ),
-    "output_scores": Supported("logprobs of kind PROCESSED_LOGIT: chosen, top and requested tokens", _LOGPROBS),
+    "output_scores": Supported(
+        "logprobs of kind PROCESSED_LOGIT: chosen, top and requested tokens; of beams, along their ancestry", _LOGPROBS
+    ),
     "output_logits": Supported("the same of kind RAW_LOGIT", _LOGPROBS),
     # Ignored
     "use_cache": _CACHE,
@@ -216,7 +224,7 @@ EXTENSIONS: Final[dict[str, str]] = {
     "bad_words": "bad_words_ids as text: each word as written, and after a space",
     "allowed_token_ids": "only these tokens; generate() has prefix_allowed_tokens_fn for it",
     "negative_prompt": "negative_prompt_ids, or as text",
-    "structured_output": "a JSON Schema, a regular expression, a grammar, or one of several texts",
+    "structured_output": "a JSON Schema, a regular expression, a grammar, or one of several texts; not with beams",
 }
 """Parameters that generate() does not have."""
 

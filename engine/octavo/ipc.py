@@ -112,6 +112,17 @@ class SequenceFailed(msgspec.Struct, frozen=True, array_like=True):
     reason: Reason
 
 
+class SequenceLogprobColumns(msgspec.Struct, frozen=True, array_like=True):
+    """Values of a whole sequence, as `step.SequenceLogprobs`; little-endian bytes."""
+
+    num_top: int
+    chosen: bytes
+    ranks: bytes
+    top_token_ids: bytes
+    top_values: bytes
+    requested: bytes
+
+
 class BeamSequence(msgspec.Struct, frozen=True, array_like=True):
     """A terminal event: a whole sequence that a beam search found. All of a search's come in one message."""
 
@@ -120,6 +131,7 @@ class BeamSequence(msgspec.Struct, frozen=True, array_like=True):
     """int32, little-endian, without the prompt. Empty if fewer were found than asked for."""
     finish: FinishReason
     score: float
+    logprobs: SequenceLogprobColumns | None = None
 
 
 class LogprobColumns(msgspec.Struct, frozen=True, array_like=True):

@@ -139,6 +139,24 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceLogprobs:
+    """Values of the T tokens of a whole sequence, of the N most likely ones beside each, and of M requested ones."""
+
+    num_top: int
+    """N"""
+    chosen: Float32s
+    """[T]"""
+    ranks: Int32s
+    """[T], 1 is the largest."""
+    top_token_ids: Int32s
+    """[T, N]"""
+    top_values: Float32s
+    """[T, N]"""
+    requested: Float32s
+    """[T, M]"""
+
+
+@dataclass(frozen=True, slots=True)
 class BeamHypothesis:
     """A sequence that a beam search found."""
 
@@ -147,6 +165,8 @@ class BeamHypothesis:
     finish: FinishReason
     score: float
     """Length-normalised."""
+    logprobs: SequenceLogprobs | None = None
+    """If the request wants any."""
 
 
 @dataclass(frozen=True, slots=True)

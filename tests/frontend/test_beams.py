@@ -10,21 +10,27 @@ import pytest
 from frontend.fakes import demo, engine_info, ids_of, outputs, request
 from octavo.config import Limits
 from octavo.errors import Reason, RequestError
-from octavo.frontend.beams import num_rows
+from octavo.frontend.beams import check_beams, num_rows
 from octavo.frontend.defaults import checkpoint_params, resolve_params
 from octavo.frontend.input_processor import InputProcessor
 from octavo.frontend.output_processor import OutputProcessor
 from octavo.frontend.request_state import RequestState
 from octavo.frontend.requests import ProcessedRequest
-from octavo.ipc import BeamSequence
+from octavo.frontend.structured import check_with_structured_output
+from octavo.frontend.validation import Violations
+from octavo.ipc import BeamSequence, SequenceLogprobColumns
+from octavo.step import LogprobSpec
 from octavo.types import (
     EarlyStopping,
     FinishInfo,
     FinishReason,
     GenerateUpdate,
     GenerationParams,
+    LogprobKind,
+    Logprobs,
     OutputOptions,
     StopStringOutput,
+    StructuredOutput,
     SynthIdWatermark,
     Watermark,
 )
@@ -57,7 +63,7 @@ def refusal(*texts: str, **params: Any) -> RequestError:
         ({"num_beams": 2, "num_return_sequences": 3}, "params.num_return_sequences"),
         ({"num_beams": 2, "num_return_sequences": 3, "do_sample": True}, "params.num_return_sequences"),
         ({"num_beams": 2, "top_p": 0.5}, "params.top_p"),
-        ({"num_beams": 2, "do_sample": True, "watermarking_config": SYNTH_ID}, "params.watermarking_config.synth_id"),
+        ({"num_beams": 2, "guidance_scale": 1.5}, "params.guidance_scale"),
     ],
     ids=str,
 )
@@ -67,11 +73,35 @@ def test_what_generate_refuses_of_beams_is_refused_by_name(params: dict[str, Any
     assert [violation.field for violation in error.violations] == [field]
 
 
-def test_logprobs_of_beams_are_refused_as_not_implemented() -> None:
-    error = refusal(num_beams=2, output=OutputOptions(logprobs=1))
-    assert error.reason is Reason.UNSUPPORTED_FIELD
-    assert [violation.field for violation in error.violations] == ["output.logprobs"]
-    process(num_beams=2, output=OutputOptions(prompt_logprobs=1))
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("guidance_scale", 1.5, "cache of the negative branch does not follow the beams"),
+        ("prompt_lookup_num_tokens", 3, "generate() ignores it"),
+        ("structured_output", StructuredOutput(regex="a+"), "follows one sequence"),
+    ],
+)
+def test_what_excludes_beams_says_why(field: str, value: Any, why: str) -> None:
+    found = Violations()
+    params = GenerationParams(num_beams=2, eos_token_id=[5], **{field: value})
+    check_beams(found, params, params)
+    if params.structured_output is not None:
+        check_with_structured_output(found, params)
+    with pytest.raises(RequestError) as caught:
+        found.raise_if_any()
+    [violation] = caught.value.violations
+    assert violation.field == f"params.{field}"
+    assert violation.description.startswith("excludes num_beams above 1: ")
+    assert why in violation.description
+
+
+def test_what_a_search_wants_to_see_and_every_watermark_reach_the_core() -> None:
+    asked = OutputOptions(
+        logprobs=1, logprob_kind=LogprobKind.PROCESSED_LOGIT, logprob_token_ids=[7], prompt_logprobs=1
+    )
+    [core] = process(num_beams=2, output=asked, watermarking_config=SYNTH_ID).core_requests
+    assert core.logprobs == LogprobSpec(1, LogprobKind.PROCESSED_LOGIT, [7])
+    assert core.params.watermarking_config is not None
 
 
 def test_beam_fields_at_neutral_values_and_legal_mixes_pass() -> None:
@@ -129,7 +159,15 @@ def add(outputs_of: OutputProcessor, **params: Any) -> tuple[RequestState, list[
 
 
 def found(key: int, ids: list[int], finish: FinishReason, score: float) -> BeamSequence:
-    return BeamSequence(key, np.array(ids, "<i4").tobytes(), finish, score)
+    return BeamSequence(key, ints(*ids), finish, score)
+
+
+def ints(*values: int) -> bytes:
+    return np.array(values, "<i4").tobytes()
+
+
+def floats(*values: float) -> bytes:
+    return np.array(values, "<f4").tobytes()
 
 
 def taken(state: RequestState) -> GenerateUpdate:
@@ -161,6 +199,29 @@ def test_sequences_of_a_search_come_whole_with_their_scores() -> None:
     assert update.usage.completion_tokens == 2 * len(ids) + 1
     assert state.taken
     assert processor.num_sequences == 0
+
+
+def test_logprobs_come_with_their_sequence() -> None:
+    processor = OutputProcessor(demo().tokenizer)
+    output = OutputOptions(logprobs=2, logprob_token_ids=[9])
+    state, keys = add(processor, num_beams=2, num_return_sequences=2, output=output)
+    values = SequenceLogprobColumns(
+        2,
+        floats(-0.5, -1.5),
+        ints(1, 3),
+        ints(5, 6, 7, 8),
+        floats(-0.5, -1.0, -0.25, -0.75),
+        floats(-9.0, -8.0),
+    )
+    none = SequenceLogprobColumns(2, b"", b"", b"", b"", b"")
+    beams = [
+        BeamSequence(keys[0], ints(5, 6), FinishReason.LENGTH, -1.0, values),
+        BeamSequence(keys[1], b"", FinishReason.LENGTH, -1e9, none),
+    ]
+    processor.process(outputs(beams=beams), 2.0)
+    first, second = taken(state).deltas
+    assert first.logprobs == Logprobs(2, [-0.5, -1.5], [1, 3], [5, 6, 7, 8], [-0.5, -1.0, -0.25, -0.75], [-9.0, -8.0])
+    assert second.logprobs == Logprobs(2)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,17 @@ def engine_params(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def transformers_beams(path: Path, cases: list[Case]) -> list[Answer]:
-    """generate() in fp32 on each case alone, seeded anew each time; sequences as it returns them, padded with EOS."""
+    """generate() on each case alone; sequences as it returns them, padded with EOS."""
+    return [answer_of(case, found) for case, found in zip(cases, transformers_searches(path, cases), strict=True)]
+
+
+def answer_of(case: Case, found: Any) -> Answer:
+    """What transformers found."""
+    return Answer(found.sequences[:, len(case.prompt) :].tolist(), scores=found.sequences_scores.tolist())
+
+
+def transformers_searches(path: Path, cases: list[Case]) -> list[Any]:
+    """What generate() in fp32 returns for each case alone, seeded anew each time, with scores and logits."""
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
 
@@ -133,7 +143,7 @@ def transformers_beams(path: Path, cases: list[Case]) -> list[Answer]:
 
 
 @torch.inference_mode()
-def _search(model: Any, case: Case) -> Answer:
+def _search(model: Any, case: Case) -> Any:
     kwargs = dict(case.params)
     if not kwargs["do_sample"]:
         del kwargs["top_k"]
@@ -141,7 +151,7 @@ def _search(model: Any, case: Case) -> Answer:
         kwargs["exponential_decay_length_penalty"] = (decay.start_index, decay.factor)
     prompt = torch.tensor([case.prompt])
     torch.manual_seed(case.seed)
-    found = model.generate(
+    return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=case.max_new_tokens,
@@ -150,9 +160,9 @@ def _search(model: Any, case: Case) -> Answer:
         pad_token_id=EOS,
         return_dict_in_generate=True,
         output_scores=True,
+        output_logits=True,
         **kwargs,
     )
-    return Answer(found.sequences[:, len(case.prompt) :].tolist(), scores=found.sequences_scores.tolist())
 
 
 def differences(case: Case, found: Answer, expected: Answer) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from octavo.ipc import SequenceLogprobColumns
+from octavo.step import LogprobSpec
 from octavo.types import ExponentialDecay, FinishReason, SequenceBias
 
 TEXT = """I met a traveller from an antique land, Who said "Two vast and trunkless legs of stone
@@ -52,6 +54,7 @@ class Case:
     stop: tuple[int, ...] = ()
     negative: tuple[int, ...] = ()
     """The negative prompt of a guided case, for the engine only."""
+    logprobs: LogprobSpec | None = None
 
 
 @dataclass
@@ -62,6 +65,8 @@ class Answer:
     finish: list[FinishReason] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     """Of the sequences of a beam search."""
+    logprobs: list[SequenceLogprobColumns | None] = field(default_factory=list)
+    """The same."""
 
 
 def random_cases(path: Path, count: int, seed: int, *, every_parameter: bool = False) -> list[Case]:

@@ -30,6 +30,7 @@ def engine_request(case: Case, key: int) -> EngineCoreRequest:
         negative_prompt_token_ids=np.array(case.negative, np.int32).tobytes(),
         seed=case.seed,
         arrival_time=time.monotonic(),
+        logprobs=case.logprobs,
     )
 
 
@@ -66,6 +67,7 @@ def _collect(message: EngineCoreOutputs, answers: list[Answer]) -> None:
         answer.token_ids[sequence] = np.frombuffer(found.token_ids, np.int32).tolist()
         answer.finish[sequence] = found.finish
         answer.scores.append(found.score)
+        answer.logprobs.append(found.logprobs)
     keys = np.frombuffer(message.keys, np.int64).tolist()
     tokens = np.frombuffer(message.token_ids, np.int32).tolist()
     finish = np.frombuffer(message.finish, np.uint8).tolist()

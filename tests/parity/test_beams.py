@@ -136,6 +136,29 @@ def test_stop_strings_end_beams_as_in_transformers(stops: list[str], sampling: d
     assert all(output.matched in stops for output in found if output.finish_reason == "stop_string")
 
 
+@pytest.mark.parametrize(
+    "sampling", [{}, {"do_sample": True, "top_k": 50, "temperature": 1.3}], ids=["greedy", "sampled"]
+)
+def test_output_scores_and_logits_are_those_of_the_ancestors(sampling: dict[str, Any], demo, engine):
+    """Through the front-end and the wire's messages."""
+    model, tokenizer = demo
+    prompt = "Call me Ishma"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    keywords = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 10, "repetition_penalty": 1.2, **sampling}
+    torch.manual_seed(5)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), pad_token_id=4095, return_dict_in_generate=True,
+            output_scores=True, output_logits=True, **keywords,
+        )  # fmt: skip
+    for name, rows, tolerance in (("output_scores", expected.scores, 1e-5), ("output_logits", expected.logits, 3e-5)):
+        right = model.compute_transition_scores(expected.sequences, rows, expected.beam_indices)
+        found = engine.generate(prompt, **keywords, **{name: True}, **({"seed": 5} if sampling else {}))
+        for output, values in zip(found, right.tolist(), strict=True):
+            assert output.logprobs.chosen == pytest.approx(values[: len(output.token_ids)], abs=tolerance)
+
+
 @pytest.fixture(scope="module")
 def demo():
     from transformers import GPT2LMHeadModel, GPT2Tokenizer

@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from octavo.types import EarlyStopping, FinishReason
+from octavo.step import LogprobSpec
+from octavo.types import EarlyStopping, FinishReason, LogprobKind
 from octavo.worker.beam_search import BeamParams, BeamSearch, Selection, contains_stop
 
 V = 6
@@ -34,13 +35,16 @@ class Driver:
         self.search = search
         self.rows = np.array([PROMPT] * search.params.num_beams, np.int32)
 
-    def step(self, *scores: dict[int, float], out_of_time: bool = False) -> Selection:
-        """`scores`: of each row, log-probabilities of some tokens; the others have -100."""
+    def step(
+        self, *scores: dict[int, float], shown: list[list[float]] | None = None, out_of_time: bool = False
+    ) -> Selection:
+        """`scores`: of each row, log-probabilities of some tokens; the others have -100. `shown`: for the logprobs."""
         table = torch.full((len(scores), V), -100.0)
         for row, values in enumerate(scores):
             for token, value in values.items():
                 table[row, token] = value
-        selected = self.search.select(self.search.accumulated(table), self.rows, out_of_time=out_of_time)
+        values = None if shown is None else torch.tensor(shown)
+        selected = self.search.select(self.search.accumulated(table), self.rows, values, out_of_time=out_of_time)
         self.rows = np.concatenate([self.rows[selected.parents], selected.token_ids[:, None]], axis=1)
         return selected
 
@@ -145,6 +149,44 @@ def test_length_penalty_beyond_all_floats_gives_zero_scores():
     found = search.step({0: -1.0, 3: -2.0}, {}).found
     assert found is not None
     assert [entry.score for entry in found] == [0.0, 0.0]
+
+
+def test_logprobs_are_those_of_the_rows_that_a_sequence_descends_from():
+    spec = LogprobSpec(num_top=1, kind=LogprobKind.RAW_LOGIT, token_ids=[4])
+    search = driver(logprobs=spec, max_total_tokens=len(PROMPT) + 2)
+    search.step({0: -1.0, 3: -3.0}, {}, shown=[[10.0, 11.0, 12.0, 13.0, 14.0, 15.0], [0.0] * V])
+    values = [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [60.0, 50.0, 40.0, 30.0, 20.0, 10.0]]
+    found = search.step({4: -5.0}, {1: -0.5, 2: -0.75}, shown=values).found
+    assert found is not None
+    assert [entry.token_ids.tolist() for entry in found] == [[3, 1], [3, 2]]
+    one, two = (entry.logprobs for entry in found)
+    assert one is not None
+    assert two is not None
+    assert (one.chosen.tolist(), two.chosen.tolist()) == ([13.0, 50.0], [13.0, 40.0])
+    assert (one.ranks.tolist(), two.ranks.tolist()) == ([3, 2], [3, 3])
+    assert one.top_token_ids.tolist() == [[5], [0]]
+    assert one.top_values.tolist() == [[15.0], [60.0]]
+    assert one.requested.tolist() == [[14.0], [20.0]]
+
+
+@pytest.mark.parametrize("num_top", [0, 2])
+@pytest.mark.parametrize("token_ids", [[], [1]])
+def test_logprobs_of_an_empty_place_are_empty(num_top: int, token_ids: list[int]):
+    spec = LogprobSpec(num_top, LogprobKind.RAW_LOGIT, token_ids)
+    search = driver(logprobs=spec, max_total_tokens=len(PROMPT) + 1)
+    table = torch.full((1, 2 * V), -math.inf)
+    table[0, 3] = -1.0
+    found = search.search.select(table, search.rows, torch.zeros(2, V)).found
+    assert found is not None
+    assert [entry.logprobs.top_values.shape for entry in found] == [(1, num_top), (0, num_top)]
+    assert [entry.logprobs.requested.shape for entry in found] == [(1, len(token_ids)), (0, len(token_ids))]
+
+
+def test_what_was_appended_stays_in_the_order_of_the_rows():
+    search = driver()
+    search.step({0: -1.0, 3: -3.0}, {})
+    search.step({4: -5.0}, {1: -0.5, 2: -0.7})
+    assert np.array(search.search.appended).T.tolist() == [[0, 1], [3, 2]]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfi
 from octavo.errors import Reason
 from octavo.step import NewRequest, SchedulerOutput
 from octavo.types import FinishReason, GenerationParams
+from octavo.worker import beams
+from octavo.worker.logits import process_logits
 from octavo.worker.model_runner import ModelRunner
 
 PROMPT = np.array([40, 1023, 257, 800], np.int32)
@@ -87,6 +89,47 @@ def test_a_search_whose_choice_raises_fails_alone(runner):
     output = runner.submit(step([0, 1, 2, 3], 4, 1)).result()
     assert output.failed == [(0, Reason.INTERNAL), (1, Reason.INTERNAL)]
     assert [choice.slot for choice in output.beams] == [2]
+
+
+def test_a_search_whose_scores_raise_fails_alone_though_others_are_scored_with_it(runner, monkeypatch):
+    def process_all_but_the_first(scores, slots, *rest):
+        assert 0 not in slots
+        process_logits(scores, slots, *rest)
+
+    monkeypatch.setattr(beams, "process_logits", process_all_but_the_first)
+    penalised = GenerationParams(num_beams=2, repetition_penalty=1.3)
+    requests = [*rows_of(0, penalised), *rows_of(1, penalised), *rows_of(2, SEARCH)]
+    output = runner.submit(step([0, 1, 2, 3, 4, 5], 0, 4, new_requests=requests)).result()
+    assert output.failed == [(0, Reason.INTERNAL), (1, Reason.INTERNAL)]
+    assert [choice.slot for choice in output.beams] == [2, 4]
+
+
+def test_searches_scored_together_choose_what_they_choose_alone(runner):
+    kinds = [SEARCH, GenerationParams(num_beams=2, repetition_penalty=1.3)]
+    together = [*rows_of(0, kinds[0]), *rows_of(1, kinds[1]), *rows_of(2, kinds[0])]
+    output = runner.submit(step([0, 1, 2, 3, 4, 5], 0, 4, new_requests=together)).result()
+    for group, choice in enumerate(output.beams):
+        group_alone = rows_of(group, kinds[group % 2], group_id=group + 10)
+        slots = [2 * group, 2 * group + 1]
+        new = {"new_requests": group_alone, "freed_slots": slots, "released_groups": [group]}
+        [alone] = runner.submit(step(slots, 0, 4, **new)).result().beams
+        assert alone.parents.tolist() == choice.parents.tolist()
+        assert alone.token_ids.tolist() == choice.token_ids.tolist()
+
+
+def test_a_search_with_invalid_logits_fails_alone(runner, monkeypatch):
+    logits_of = runner._model.logits
+
+    def spoilt(hidden):
+        logits = logits_of(hidden)
+        logits[2, 7] = float("nan")
+        return logits
+
+    monkeypatch.setattr(runner._model, "logits", spoilt)
+    requests = [*rows_of(0, SEARCH), *rows_of(1, SEARCH)]
+    output = runner.submit(step([0, 1, 2, 3], 0, 4, new_requests=requests)).result()
+    assert output.failed == [(2, Reason.NON_FINITE_LOGITS), (3, Reason.NON_FINITE_LOGITS)]
+    assert [choice.slot for choice in output.beams] == [0]
 
 
 def test_the_order_of_the_rows_in_a_step_does_not_matter(runner):

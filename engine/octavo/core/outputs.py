@@ -16,8 +16,9 @@ from octavo.ipc import (
     PromptLogprobColumns,
     PromptStarted,
     SequenceFailed,
+    SequenceLogprobColumns,
 )
-from octavo.step import BeamHypothesis, Int32s, LogprobRows, PromptLogprobs, UInt8s
+from octavo.step import BeamHypothesis, Int32s, LogprobRows, PromptLogprobs, SequenceLogprobs, UInt8s
 from octavo.types import FinishReason
 
 _NO_TOKENS = np.empty(0, np.int32)
@@ -71,7 +72,8 @@ class Events:
             reason = hypothesis.finish
             if reason is FinishReason.LENGTH and request.spec.length_is_context:
                 reason = FinishReason.CONTEXT
-            beams.append(BeamSequence(key, hypothesis.token_ids.tobytes(), reason, hypothesis.score))
+            logprobs = None if hypothesis.logprobs is None else _sequence_logprob_columns(hypothesis.logprobs)
+            beams.append(BeamSequence(key, hypothesis.token_ids.tobytes(), reason, hypothesis.score, logprobs))
 
     @property
     def pending(self) -> bool:
@@ -150,6 +152,17 @@ def _logprob_columns(rows: Int32s, values: LogprobRows) -> LogprobColumns | None
         top_values=values.top_values[top].tobytes(),
         requested_offsets=requested_offsets.tobytes(),
         requested=values.requested[requested].tobytes(),
+    )
+
+
+def _sequence_logprob_columns(values: SequenceLogprobs) -> SequenceLogprobColumns:
+    return SequenceLogprobColumns(
+        num_top=values.num_top,
+        chosen=values.chosen.tobytes(),
+        ranks=values.ranks.tobytes(),
+        top_token_ids=values.top_token_ids.tobytes(),
+        top_values=values.top_values.tobytes(),
+        requested=values.requested.tobytes(),
     )
 
 

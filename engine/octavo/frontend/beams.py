@@ -5,7 +5,7 @@ from __future__ import annotations
 from octavo.errors import Reason, RequestError
 from octavo.frontend.guidance import is_guided
 from octavo.frontend.validation import Violations
-from octavo.types import EarlyStopping, EngineInfo, GenerationParams, OutputOptions
+from octavo.types import EarlyStopping, EngineInfo, GenerationParams
 
 NEEDS_BEAMS = "has no effect without num_beams above 1"
 
@@ -19,9 +19,7 @@ def is_beam_search(params: GenerationParams) -> bool:
     return (params.num_beams or 1) > 1
 
 
-def check_beams(
-    violations: Violations, own: GenerationParams, resolved: GenerationParams, output: OutputOptions
-) -> None:
+def check_beams(violations: Violations, own: GenerationParams, resolved: GenerationParams) -> None:
     """Beam fields without beams, and what a search cannot do. `own`: as it was set."""
     if not is_beam_search(resolved):
         if own.length_penalty not in (None, 1):
@@ -33,16 +31,11 @@ def check_beams(
     if sequences > (beams or 1):
         violations.add("params.num_return_sequences", f"must be at most num_beams {beams}, not {sequences}")
     if is_guided(resolved):
-        violations.add("params.guidance_scale", "excludes num_beams above 1")
+        why = "in generate() the cache of the negative branch does not follow the beams"
+        violations.add("params.guidance_scale", f"excludes num_beams above 1: {why}")
     if resolved.prompt_lookup_num_tokens:
-        violations.add("params.prompt_lookup_num_tokens", "excludes num_beams above 1")
-    if resolved.watermarking_config is not None and resolved.watermarking_config.synth_id is not None:
-        violations.add(
-            "params.watermarking_config.synth_id",
-            "excludes num_beams above 1: transformers' state of it does not follow the beams",
-        )
-    if output.logprobs is not None:
-        violations.add_unsupported("output.logprobs", "not implemented yet with num_beams above 1")
+        why = "a step of a search needs the tokens of the one before, and generate() ignores it"
+        violations.add("params.prompt_lookup_num_tokens", f"excludes num_beams above 1: {why}")
 
 
 def check_engine_can_search(params: GenerationParams, lengths: list[tuple[int, int]], info: EngineInfo) -> None:

@@ -14,7 +14,14 @@ from octavo.frontend.detokenizer import StopMatch
 from octavo.frontend.failures import failure
 from octavo.frontend.request_state import PromptState, RequestState, SequenceState
 from octavo.frontend.requests import ProcessedRequest
-from octavo.ipc import BeamSequence, EngineCoreOutputs, LogprobColumns, PromptLogprobColumns, PromptStarted
+from octavo.ipc import (
+    BeamSequence,
+    EngineCoreOutputs,
+    LogprobColumns,
+    PromptLogprobColumns,
+    PromptStarted,
+    SequenceLogprobColumns,
+)
 from octavo.tokenizer import Tokenizer
 from octavo.types import FinishInfo, FinishReason, Logprobs
 
@@ -135,6 +142,7 @@ class OutputProcessor:
                 match = self._add_token(sequence, token_id, now)
             state.last_token = now
             sequence.score = found.score
+            sequence.logprobs = None if found.logprobs is None else _logprobs(found.logprobs)
             by_string = found.finish == FinishReason.STOP_STRING
             assert match is not None or not by_string, "the core saw a stop string that is not there"
             reason, match = (FinishReason.NONE, match) if by_string else (found.finish, None)
@@ -189,13 +197,7 @@ class OutputProcessor:
         prompt = self._prompts.get(columns.key)
         if prompt is None:
             return
-        chunk = Logprobs(
-            num_top=columns.num_top,
-            chosen=_floats(columns.chosen),
-            ranks=_ints(columns.ranks),
-            top_token_ids=_ints(columns.top_token_ids),
-            top_values=_floats(columns.top_values),
-        )
+        chunk = _logprobs(columns)
         if prompt.logprobs is None:
             prompt.logprobs = chunk
         elif columns.start == len(prompt.logprobs.chosen) + 1:  # else: recomputed after a preemption
@@ -238,6 +240,17 @@ class _LogprobRows:
         values.top_token_ids += self._top_token_ids[top]
         values.top_values += self._top_values[top]
         values.requested += self._requested[requested]
+
+
+def _logprobs(columns: PromptLogprobColumns | SequenceLogprobColumns) -> Logprobs:
+    return Logprobs(
+        num_top=columns.num_top,
+        chosen=_floats(columns.chosen),
+        ranks=_ints(columns.ranks),
+        top_token_ids=_ints(columns.top_token_ids),
+        top_values=_floats(columns.top_values),
+        requested=_floats(columns.requested) if isinstance(columns, SequenceLogprobColumns) else [],
+    )
 
 
 def _ints(data: bytes) -> list[int]:

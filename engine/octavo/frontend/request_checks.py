@@ -70,7 +70,7 @@ class RequestChecker:
             )
         check_guidance(violations, params)
         if "num_beams" not in wrong:
-            check_beams(violations, request.params, params, request.output)
+            check_beams(violations, request.params, params)
         if not wrong:
             self._check_combinations(violations, request.params, params)
         if sound:

@@ -63,7 +63,9 @@ def check_with_structured_output(violations: Violations, params: GenerationParam
     elif params.allowed_token_ids is not None and not ends & set(params.allowed_token_ids):
         violations.add(_PATH, "needs an end-of-sequence token in allowed_token_ids")
     if (params.num_beams or 1) > 1:
-        violations.add(_PATH, "excludes num_beams above 1")
+        violations.add(
+            _PATH, "excludes num_beams above 1: a constraint follows one sequence, not the beams of a search"
+        )
     if params.forced_bos_token_id is not None:
         violations.add(_PATH, "excludes forced_bos_token_id")
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.step import BeamHypothesis, Int32s
+from octavo.step import BeamHypothesis, Int32s, LogprobSpec
 from octavo.types import EarlyStopping, FinishReason
+from octavo.worker.beam_logprobs import Trail, columns, extended
 
 UNREACHABLE: Final = -1.0e9
 """Added to a score to take it out of a top-k, where others would use -inf."""
@@ -46,6 +47,7 @@ class BeamParams:
     length_penalty: float
     early_stopping: EarlyStopping
     do_sample: bool
+    logprobs: LogprobSpec | None = None
 
     @property
     def min_keep(self) -> int:
@@ -64,6 +66,23 @@ class _PoolEntry:
     token_ids: Int32s | None
     """Without the prompt; None in an empty place."""
     finish: FinishReason = FinishReason.LENGTH
+    trail: Trail | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """The C continuations of a step: old row parents[i] with token_ids[i] appended."""
+
+    scores: Tensor
+    """[C] accumulated."""
+    parents: Int32s
+    token_ids: Int32s
+    finish: list[FinishReason]
+    """Why each ends; NONE if it does not."""
+    ended: Tensor
+    """bool [C]"""
+    trails: list[Trail | None]
+    """None if the request wants no logprobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,39 +106,54 @@ class BeamSearch:
         self._pool = [_PoolEntry(UNREACHABLE, None)] * k  # best first
         self._race = race
         self._find_stop = find_stop
+        self._trails: list[Trail | None] = [None] * k
+        self.appended: list[Int32s] = []
+        """[k] of each step: the tokens of the rows in the order of the rows, whatever they go on from later."""
 
     def accumulated(self, scores: Tensor) -> Tensor:
         """[1, k * V] what each candidate would have, from the rows' [k, V] processed log-probabilities."""
         return (scores + self._running[:, None]).reshape(1, -1)
 
-    def select(self, flat: Tensor, histories: Int32s, *, out_of_time: bool = False) -> Selection:
+    def select(
+        self, flat: Tensor, histories: Int32s, values: Tensor | None = None, *, out_of_time: bool = False
+    ) -> Selection:
         """Advances the search by one token.
 
         Args:
             flat: from `accumulated`.
             histories: [k, L] the rows' tokens, prompt included.
+            values: [k, V] what the request wants to see of them, if it wants logprobs.
             out_of_time: every candidate ends here.
         """
-        vocab_size = flat.shape[1] // self.params.num_beams
-        scores, index = self._candidates(flat, histories.shape[1] - self.params.prompt_len)
-        parents, tokens = np.divmod(index.numpy().astype(np.int32), np.int32(vocab_size))
-        finish = [
-            self._finish_of(histories[parent], token, out_of_time)
-            for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True)
-        ]
-        ended = torch.tensor([reason is not FinishReason.NONE for reason in finish])
+        found = self._candidates(flat, histories, values, out_of_time)
         # Scores of ended candidates sink but stay in the list, so that fewer than k others are filled up from it.
-        continuing = scores + ended.float() * UNREACHABLE
+        continuing = found.scores + found.ended.float() * UNREACHABLE
         chosen = torch.topk(continuing, self.params.num_beams).indices
-        output_len = histories.shape[1] + 1 - self.params.prompt_len
-        outputs = histories[:, self.params.prompt_len :]
-        self._add_to_pool(scores, ended, finish, outputs, parents, tokens, output_len)
+        self._add_to_pool(found, histories[:, self.params.prompt_len :])
         self._running = continuing[chosen]
         order = chosen.numpy()
-        done = self._is_over(output_len, all_ended=bool(ended.all()))
-        return Selection(parents[order], tokens[order], self._found() if done else None)
+        self._trails = [found.trails[i] for i in order.tolist()]
+        self.appended.append(found.token_ids[order])
+        output_len = histories.shape[1] + 1 - self.params.prompt_len
+        done = self._is_over(output_len, all_ended=FinishReason.NONE not in found.finish)
+        return Selection(found.parents[order], found.token_ids[order], self._found() if done else None)
 
-    def _candidates(self, flat: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _candidates(self, flat: Tensor, histories: Int32s, values: Tensor | None, out_of_time: bool) -> _Candidates:
+        scores, index = self._choose(flat, histories.shape[1] - self.params.prompt_len)
+        vocab_size = flat.shape[1] // self.params.num_beams
+        parents, token_ids = np.divmod(index.numpy().astype(np.int32), np.int32(vocab_size))
+        finish = [
+            self._finish_of(histories[parent], token, out_of_time)
+            for parent, token in zip(parents.tolist(), token_ids.tolist(), strict=True)
+        ]
+        ended = torch.tensor([reason is not FinishReason.NONE for reason in finish])
+        trails: list[Trail | None] = [None] * len(finish)
+        if self.params.logprobs is not None:
+            assert values is not None
+            trails = extended(self._trails, values, parents, token_ids, self.params.logprobs)
+        return _Candidates(scores, parents, token_ids, finish, ended, trails)
+
+    def _choose(self, flat: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """C of the k * V continuations, [C] each; sampled ones stay in the order in which they were drawn."""
         if not self.params.do_sample:
             best = torch.topk(flat, self.params.num_candidates)
@@ -142,20 +176,13 @@ class BeamSearch:
             return FinishReason.LENGTH
         return FinishReason.TIME if out_of_time else FinishReason.NONE
 
-    def _add_to_pool(
-        self,
-        scores: Tensor,
-        ended: Tensor,
-        finish: list[FinishReason],
-        outputs: Int32s,
-        parents: Int32s,
-        tokens: Int32s,
-        output_len: int,
-    ) -> None:
+    def _add_to_pool(self, found: _Candidates, outputs: Int32s) -> None:
         """Merges candidates of rank < k that have ended into the pool, by score over output length ** penalty."""
         k = self.params.num_beams
-        normalised = scores / _power(output_len, self.params.length_penalty)
-        accepted = ended & (torch.arange(len(scores)) < k)
+        normalised = found.scores / _power(outputs.shape[1] + 1, self.params.length_penalty)
+        if self._leaves_pool(found, normalised):
+            return
+        accepted = found.ended & (torch.arange(len(normalised)) < k)
         normalised = normalised + (~accepted).float() * UNREACHABLE
         merged = torch.cat([torch.tensor([entry.score for entry in self._pool]), normalised])
         pool = []
@@ -166,9 +193,16 @@ class BeamSearch:
             elif not accepted[i]:
                 pool.append(_PoolEntry(float(normalised[i]), None))
             else:
-                token_ids = np.append(outputs[parents[i]], tokens[i]).astype(np.int32)
-                pool.append(_PoolEntry(float(normalised[i]), token_ids, finish[i]))
+                token_ids = np.append(outputs[found.parents[i]], found.token_ids[i]).astype(np.int32)
+                pool.append(_PoolEntry(float(normalised[i]), token_ids, found.finish[i], found.trails[i]))
         self._pool = pool
+
+    def _leaves_pool(self, found: _Candidates, normalised: Tensor) -> bool:
+        """Whether the merge would change nothing: no candidate enters or beats an empty place, and no score is tied."""
+        if any(found.finish[: self.params.num_beams]) or not float(normalised.max()) <= 0.0:
+            return False
+        scores = [entry.score for entry in self._pool if entry.token_ids is not None]
+        return len(set(scores)) == len(scores) and all(score > UNREACHABLE for score in scores)
 
     def _is_over(self, output_len: int, *, all_ended: bool) -> bool:
         """Nothing left to run, a full pool under early_stopping, or no running row that could enter the pool."""
@@ -183,9 +217,14 @@ class BeamSearch:
         return not any(best > (UNREACHABLE if entry.token_ids is None else worst) for entry in self._pool)
 
     def _found(self) -> list[BeamHypothesis]:
-        nothing = np.empty(0, np.int32)
+        nothing, spec = np.empty(0, np.int32), self.params.logprobs
         return [
-            BeamHypothesis(nothing if entry.token_ids is None else entry.token_ids, entry.finish, entry.score)
+            BeamHypothesis(
+                nothing if entry.token_ids is None else entry.token_ids,
+                entry.finish,
+                entry.score,
+                None if spec is None else columns(entry.trail, spec),
+            )
             for entry in self._pool[: self.params.num_return_sequences]
         ]
 

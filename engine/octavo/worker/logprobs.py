@@ -40,12 +40,12 @@ def gather_logprobs(
     values = torch.stack(
         [_row_values(logits, scores, warped, row, s.kind) for row, s in zip(rows.tolist(), specs, strict=True)]
     )
-    chosen, ranks = _chosen_and_ranks(values, token_ids[rows])
+    chosen, ranks = chosen_and_ranks(values, token_ids[rows])
     top_ids: list[Int32s] = [NO_IDS] * len(rows)
     top_values: list[Float32s] = [NO_VALUES] * len(rows)
     for num_top in sorted({spec.num_top for spec in specs} - {0}):
         members = [i for i, spec in enumerate(specs) if spec.num_top == num_top]
-        ids, tops = _top(values[members], num_top)
+        ids, tops = most_likely(values[members], num_top)
         for i, member in enumerate(members):
             top_ids[member], top_values[member] = ids[i], tops[i]
     requested = [values[i, spec.token_ids].cpu().numpy() for i, spec in enumerate(specs)]
@@ -92,8 +92,8 @@ def gather_prompt_logprobs(
         chosen float32 [T], ranks int32 [T], top ids int32 [T, num_top], top values float32 [T, num_top].
     """
     values = logits.float().log_softmax(-1)
-    chosen, ranks = _chosen_and_ranks(values, next_token_ids)
-    return chosen, ranks, *_top(values, num_top)
+    chosen, ranks = chosen_and_ranks(values, next_token_ids)
+    return chosen, ranks, *most_likely(values, num_top)
 
 
 def join_prompt_logprobs(
@@ -112,7 +112,7 @@ def _row_values(logits: Tensor, scores: Tensor, warped: Mapping[int, Tensor], ro
     return values.log_softmax(-1) if kind in NORMALIZED else values
 
 
-def _chosen_and_ranks(values: Tensor, token_ids: Int32s) -> tuple[Float32s, Int32s]:
+def chosen_and_ranks(values: Tensor, token_ids: Int32s) -> tuple[Float32s, Int32s]:
     """Value and rank (1 is the largest; tied tokens share the best) of one token of each row of [Q, V]."""
     index = torch.from_numpy(token_ids.astype(np.int64))[:, None].to(values.device)
     chosen = values.gather(1, index)
@@ -120,7 +120,7 @@ def _chosen_and_ranks(values: Tensor, token_ids: Int32s) -> tuple[Float32s, Int3
     return chosen[:, 0].cpu().numpy(), ranks.cpu().numpy().astype(np.int32)
 
 
-def _top(values: Tensor, num_top: int) -> tuple[Int32s, Float32s]:
+def most_likely(values: Tensor, num_top: int) -> tuple[Int32s, Float32s]:
     """The largest of each row, falling: ids int32 [Q, num_top] and values float32 [Q, num_top]."""
     top = torch.topk(values, num_top)
     return top.indices.cpu().numpy().astype(np.int32), top.values.cpu().numpy()

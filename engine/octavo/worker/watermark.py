@@ -40,7 +40,7 @@ def watermarked(scores: Tensor, history: Int32s, prompt_len: int, watermark: Wat
         device: whose generator is used.
     """
     if watermark.synth_id is not None:
-        return _synth_id(scores, history[prompt_len:], watermark.synth_id, device)
+        return mark_rows(scores[None], history[None, prompt_len:], watermark.synth_id, device)[0]
     assert watermark.green_list is not None
     return _green_list(scores, history, watermark.green_list, device)
 
@@ -87,36 +87,47 @@ def _hash_table(key: int, device: str) -> Tensor:
     return torch.randperm(HASH_TABLE_SIZE, generator=torch.Generator(device).manual_seed(key), device=device).cpu()
 
 
-def _synth_id(scores: Tensor, output: Int32s, mark: SynthIdWatermark, device: torch.device) -> Tensor:
-    """Raises, layer by layer, the probability of tokens with a 1 in the table. A context seen before is not marked."""
+def mark_rows(scores: Tensor, outputs: Int32s, mark: SynthIdWatermark, device: torch.device) -> Tensor:
+    """Raises, layer by layer, the probability of tokens with a 1 in the table. A context seen before is not marked.
+
+    Args:
+        scores: float32 [R, V]; not changed.
+        outputs: int32 [R, L] tokens generated so far.
+        mark: resolved.
+        device: whose generator is used.
+    """
     size, seed, num_remembered = mark.sampling_table_size, mark.sampling_table_seed, mark.context_history_size
     assert size is not None and seed is not None and num_remembered is not None
     first = mark.ngram_len - 1 if mark.skip_first_ngram_calls else 0
-    if len(output) < first:
+    if outputs.shape[1] < first:
         return scores
-    contexts = _context_hashes(output, mark.ngram_len - 1)
-    seen = contexts[first:-1][-num_remembered:]
-    if contexts[-1] in seen or (contexts[-1] == 0 and len(seen) < num_remembered):  # transformers' ring begins as zeros
+    contexts = _context_hashes(outputs, mark.ngram_len - 1)
+    seen, newest = contexts[:, first:-1][:, -num_remembered:], contexts[:, -1]
+    repeated = (seen == newest[:, None]).any(axis=1)
+    if seen.shape[1] < num_remembered:  # transformers' ring begins as zeros
+        repeated |= newest == 0
+    if repeated.all():
         return scores
     table = _sampling_table(size, seed, str(device)).to(scores.device)
-    tokens = torch.arange(scores.shape[0], device=scores.device)
-    hashes = _accumulate(torch.tensor(int(contexts[-1]), device=scores.device), tokens)
-    probs = scores[None].softmax(1)
+    tokens = torch.arange(scores.shape[1], device=scores.device)
+    hashes = _accumulate(torch.from_numpy(newest)[:, None].to(scores.device), tokens)
+    probs = scores.softmax(1)
     for key in mark.keys:
         values = table[_accumulate(hashes, torch.tensor(key, device=scores.device)) % size]
         mass = (values * probs).sum(1, keepdim=True)
         probs = probs * (1 + values - mass)
-    log_probs = probs.log()[0]
-    return torch.where(log_probs.isfinite(), log_probs, LOWEST)
+    log_probs = probs.log()
+    marked = torch.where(log_probs.isfinite(), log_probs, LOWEST)
+    return torch.where(torch.from_numpy(repeated)[:, None].to(scores.device), scores, marked)
 
 
-def _context_hashes(output: Int32s, width: int) -> Int64s:
-    """int64 [L + 1] hash of the last `width` tokens of the output, zeros before it, when it had 0 to L tokens."""
-    padded = np.concatenate([np.zeros(width, np.int64), output])
-    windows = np.lib.stride_tricks.sliding_window_view(padded, width)
-    hashes = np.ones(len(windows), np.int64)
+def _context_hashes(outputs: Int32s, width: int) -> Int64s:
+    """int64 [R, L + 1] hash of the last `width` tokens of each output, zeros before it, when it had 0 to L tokens."""
+    padded = np.pad(outputs.astype(np.int64), ((0, 0), (width, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)
+    hashes = np.ones(windows.shape[:2], np.int64)
     for column in range(width):
-        hashes = (hashes + windows[:, column]) * np.int64(LCG_MULTIPLIER) + np.int64(1)  # wraps, as it should
+        hashes = (hashes + windows[..., column]) * np.int64(LCG_MULTIPLIER) + np.int64(1)  # wraps, as it should
     return hashes
 
 
