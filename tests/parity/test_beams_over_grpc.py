@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from chaos.server_under_test import ServerUnderTest
@@ -13,7 +12,7 @@ from octavo.client import AsyncClient
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from octavo.types import FinishReason
 from parity.beams import EOS, VOCAB_SIZE, beam_cases, differences, save_tiny_model, transformers_beams
-from parity.cases import Answer, Case
+from parity.cases import Answer, Case, client_keywords
 
 
 @pytest.fixture(scope="module")
@@ -28,28 +27,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def keywords(case: Case) -> dict[str, Any]:
-    """The case as the client takes it, by generate()'s names."""
-    params = dict(case.params)
-    if decay := params.get("exponential_decay_length_penalty"):
-        params["exponential_decay_length_penalty"] = (decay.start_index, decay.factor)
-    if "min_new_tokens" in params:  # transformers only warns of a minimum above the maximum
-        params["min_new_tokens"] = min(params["min_new_tokens"], case.max_new_tokens)
-    return {
-        "seed": case.seed,
-        "num_return_sequences": case.num_sequences,
-        "max_new_tokens": case.max_new_tokens,
-        "eos_token_id": list(case.eos) or None,
-        "stop_token_ids": list(case.stop),
-        **params,
-    }
-
-
 async def served(address: str, cases: list[Case]) -> tuple[list[Answer], int]:
     """Half of the cases as calls of their own, half over one session; and how often sequences were preempted."""
     async with AsyncClient(address) as client, client.multiplex() as session:
         calls = [
-            (client if i % 2 else session).generate_all(case.prompt, **keywords(case)) for i, case in enumerate(cases)
+            (client if i % 2 else session).generate_all(case.prompt, **client_keywords(case))
+            for i, case in enumerate(cases)
         ]
         responses = await asyncio.gather(*calls)
         preemptions = (await client.load()).preemptions
