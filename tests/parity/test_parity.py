@@ -18,6 +18,7 @@ from octavo.types import EngineLoad
 from parity.cases import Answer, Case, random_cases, transformers_answers
 from parity.engine import engine_answers
 
+pytestmark = pytest.mark.timeout(900)
 NUM_CASES = 500
 NUM_ORDINARY = 40
 MAX_MODEL_LEN = 145
