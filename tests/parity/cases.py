@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +162,13 @@ def _random_case(rng: random.Random, text: list[int], eos: int) -> Case:
     )
 
 
-def transformers_answers(path: Path, cases: list[Case], device: str = "cpu") -> list[Answer]:
-    """generate() in fp32 on each case alone, seeded anew each time."""
+def transformers_answers(path: Path, cases: list[Case], device: str = "cpu", *, processes: int = 0) -> list[Answer]:
+    """generate() in fp32 on each case alone, seeded anew each time; shared among `processes`, if any."""
+    if processes:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            parts = pool.map(transformers_answers, [path] * processes, [cases[i::processes] for i in range(processes)])
+            answers = [iter(part) for part in parts]
+        return [next(answers[i % processes]) for i in range(len(cases))]
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
 
@@ -212,3 +219,24 @@ def transformers_answer(model: Any, case: Case) -> Answer:
         else:
             answer.finish.append(FinishReason.STOP_TOKEN if row[end] in case.stop else FinishReason.LENGTH)
     return answer
+
+
+def client_keywords(case: Case) -> dict[str, Any]:
+    """The case as the client and LLM take it beside its prompt, by generate()'s names."""
+    params = dict(case.params)
+    if isinstance(biases := params.get("sequence_bias"), list):
+        params["sequence_bias"] = {tuple(entry.token_ids): entry.bias for entry in biases}
+    if decay := params.get("exponential_decay_length_penalty"):
+        params["exponential_decay_length_penalty"] = (decay.start_index, decay.factor)
+    longest = {"min_new_tokens": case.max_new_tokens, "min_length": len(case.prompt) + case.max_new_tokens}
+    for name, limit in longest.items():  # transformers only warns of a minimum above the maximum
+        if name in params:
+            params[name] = min(params[name], limit)
+    return {
+        "seed": case.seed,
+        "num_return_sequences": case.num_sequences,
+        "max_new_tokens": case.max_new_tokens,
+        "eos_token_id": list(case.eos) or None,
+        "stop_token_ids": list(case.stop),
+        **params,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 
 import numpy as np
 from octavo.config import EngineConfig
@@ -35,7 +36,12 @@ def engine_request(case: Case, key: int) -> EngineCoreRequest:
 
 
 def engine_answers(
-    config: EngineConfig, cases: list[Case], order_seed: int, runner: Runner | None = None
+    config: EngineConfig,
+    cases: list[Case],
+    order_seed: int,
+    runner: Runner | None = None,
+    *,
+    after_step: Callable[[EngineCore], None] = lambda core: None,
 ) -> tuple[list[Answer], EngineLoad]:
     """Submits the cases in random order, half of them at once and the rest while the engine runs."""
     core = EngineCore(config, runner=runner)
@@ -53,6 +59,7 @@ def engine_answers(
         for message in core.step().get(0, []):
             if isinstance(message, EngineCoreOutputs):
                 _collect(message, answers)
+        after_step(core)
     core.scheduler.check()
     load = core.scheduler.load(time.monotonic())
     core.close()

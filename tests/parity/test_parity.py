@@ -1,17 +1,26 @@
-"""Every token of a mixed, crowded engine equals that of transformers run alone: fp32, the bundled model."""
+"""Every token of a mixed, crowded engine equals that of transformers run alone: fp32, the bundled model.
+
+All cases run together once, hundreds at a time; every other setting gets its share of them, or all where time allows.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from octavo.checkpoint import resolve
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from octavo.engine_core.engine_core import EngineCore
+from octavo.types import EngineLoad
 from parity.cases import Answer, Case, random_cases, transformers_answers
 from parity.engine import engine_answers
 
-NUM_CASES = 200
+pytestmark = pytest.mark.timeout(900)
+NUM_CASES = 500
+NUM_ORDINARY = 40
 MAX_MODEL_LEN = 145
 
 
@@ -34,6 +43,8 @@ class Setting:
         return f"{blocks}, {cache}, chunks of {self.chunk}, {self.max_num_requests} requests"
 
 
+CROWD = Setting(block_size=16, prefix_caching=True, chunk=7, num_blocks=600, max_num_requests=256)
+"""All cases in one engine."""
 SETTINGS = [
     Setting(block_size=16, prefix_caching=True, chunk=2048),
     Setting(block_size=16, prefix_caching=False, chunk=7, num_blocks=27),
@@ -53,16 +64,52 @@ def path() -> Path:
 
 @pytest.fixture(scope="module")
 def cases(path: Path) -> list[Case]:
-    return random_cases(path, NUM_CASES, seed=0, every_parameter=True)
+    """The mixes of parameters, then ordinary requests."""
+    return [*random_cases(path, NUM_CASES, seed=0, every_parameter=True), *_ordinary(path)]
+
+
+def _ordinary(path: Path) -> list[Case]:
+    rng = random.Random(1)
+    settings = [{"do_sample": False, "top_k": 50}, {"do_sample": True, "top_k": 50}]
+    found = random_cases(path, NUM_ORDINARY, seed=1)
+    return [Case(c.prompt, c.seed, 1, c.max_new_tokens, rng.choice(settings), eos=(4095,)) for c in found]
 
 
 @pytest.fixture(scope="module")
 def expected(path: Path, cases: list[Case]) -> list[Answer]:
-    return transformers_answers(path, cases)
+    return transformers_answers(path, cases, processes=2)
 
 
+def test_all_cases_at_once_equal_transformers_alone(path, cases, expected):
+    running: list[int] = []
+
+    def count(core: EngineCore) -> None:
+        running.append(core.scheduler.load(0.0).running_requests)
+
+    load = _check(CROWD, path, cases, expected, count)
+    assert max(running) >= 200
+    assert load.preemptions > 50
+
+
+@pytest.mark.parametrize("index", range(len(SETTINGS)), ids=lambda index: str(SETTINGS[index]))
+def test_every_token_equals_transformers_alone(index: int, path, cases, expected):
+    share = slice(index, None, len(SETTINGS))
+    _check(SETTINGS[index], path, cases[share], expected[share])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_every_token_equals_transformers_alone(setting: Setting, path, cases, expected):
+def test_every_token_of_all_cases_equals_transformers_alone(setting: Setting, path, cases, expected):
+    _check(setting, path, cases, expected)
+
+
+def _check(
+    setting: Setting,
+    path: Path,
+    cases: list[Case],
+    expected: list[Answer],
+    after_step: Callable[[EngineCore], None] = lambda core: None,
+) -> EngineLoad:
     config = EngineConfig(
         model=ModelConfig(path=str(path), name="demo", device="cpu", dtype="float32"),
         cache=CacheConfig(
@@ -78,11 +125,13 @@ def test_every_token_equals_transformers_alone(setting: Setting, path, cases, ex
             max_queue_time=3600.0,
         ),
     )
-    answers, load = engine_answers(config, cases, order_seed=setting.block_size + setting.chunk)
+    order_seed = setting.block_size + setting.chunk
+    answers, load = engine_answers(config, cases, order_seed, after_step=after_step)
     wrong = [i for i in range(len(cases)) if answers[i] != expected[i]]
     assert wrong == [], f"case {wrong[0]}: {cases[wrong[0]]}\n{answers[wrong[0]]}\n{expected[wrong[0]]}"
     assert (load.preemptions > 0) == (setting.num_blocks > 0)
     assert (load.prefix_cache_hits > 0) == setting.prefix_caching
+    return load
 
 
 def test_the_cases_are_not_vacuous(cases, expected):
