@@ -95,9 +95,7 @@ async def run(options: argparse.Namespace) -> None:
         "GenerateSession": grpc.stream_stream_rpc_method_handler(bare.session),
         "StreamGenerate": grpc.stream_stream_rpc_method_handler(bare.stream),
     }
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("octavo.v1.GenerationService", handlers),)
-    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("octavo.v1.GenerationService", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(f"127.0.0.1:{port}", flush=True)

@@ -67,6 +67,16 @@ class SequenceState:
         self.queued = False
         """In the request's list of sequences that have something to take."""
 
+    @property
+    def is_plain(self) -> bool:
+        """All that waits is text and ids; more will come."""
+        return self.delivered and self.finish is None and self.logprobs is None
+
+    def take_plain(self) -> tuple[str, list[int]]:
+        """`take` of a sequence that is_plain: its new text, and its new ids whether they are wanted or not."""
+        token_ids, self.pending = self.pending, []
+        return "" if self.detokenizer is None else self.detokenizer.take(token_ids, final=False), token_ids
+
     def take(self, output: OutputOptions) -> OutputDelta | None:
         """Empties the slot; None if that leaves nothing to tell."""
         token_ids, self.pending = self.pending, []
@@ -131,6 +141,8 @@ class RequestState:
         self.request = request
         self.error: RequestError | None = None
         """Why the request failed; what was generated before can still be taken."""
+        self.ended = False
+        """No more will come: every sequence has ended, or the request failed."""
         self.prompts = [PromptState(self, processed) for processed in request.prompts]
         self.num_running = request.num_sequences
         self.first_scheduled = inf
@@ -141,15 +153,12 @@ class RequestState:
         self._infos_left = len(self.prompts)
         self._complete = False
         self._bytes_per_token = bytes_per_token(request.output)
-        self._holds_back = (request.output.stream_min_tokens or 1) > 1
+        self.holds_back = (request.output.stream_min_tokens or 1) > 1
+        """What is pending may have to wait; if not, it is due at once."""
+        self._can_be_plain = not self.holds_back and request.num_sequences == 1 and request.output.logprobs is None
         for prompt in self.prompts:
             for i, key in enumerate(prompt.processed.keys):
                 prompt.sequences.append(_sequence(prompt, key, i, tokenizer))
-
-    @property
-    def ended(self) -> bool:
-        """No more will come: every sequence has ended, or the request failed."""
-        return self.error is not None or self.num_running == 0
 
     @property
     def taken(self) -> bool:
@@ -161,6 +170,16 @@ class RequestState:
         """Estimated size of what waits for the reader."""
         return self._bytes_per_token * sum(len(sequence.pending) for sequence in self._queued)
 
+    def fail(self, error: RequestError) -> None:
+        """Ends it with an error."""
+        self.error, self.ended = error, True
+
+    def end_sequence(self) -> None:
+        """One of the running sequences has ended."""
+        self.num_running -= 1
+        if self.num_running == 0:
+            self.ended = True
+
     def queue(self, sequence: SequenceState) -> None:
         """The sequence has something to take."""
         if not sequence.queued:
@@ -171,9 +190,20 @@ class RequestState:
         """Seconds until `take` has something to give: 0 at once, infinity if nothing is pending."""
         if self.ended:
             return inf if self.taken else 0.0
-        if not self._holds_back:
+        if not self.holds_back:
             return 0.0 if self._queued else inf
         return min((self._due(sequence, now) for sequence in self._queued), default=inf)
+
+    def take_plain(self) -> tuple[str, list[int]] | None:
+        """`take` without its structs, where a request of one sequence goes on and has only text and ids to tell: most
+        updates by far. None, and nothing is taken, where there is more to tell or nothing at all."""
+        queued = self._queued
+        if not queued or self._infos_left or self.ended or not self._can_be_plain or not queued[0].is_plain:
+            return None
+        sequence = queued.pop()
+        sequence.queued = False
+        text, token_ids = sequence.take_plain()
+        return text, token_ids if self.request.output.return_token_ids else []
 
     def take(self, now: float) -> GenerateUpdate | None:
         """What is due since the last call, merged; None if nothing. After the end everything is due.
@@ -184,7 +214,7 @@ class RequestState:
         queued, self._queued = self._queued, []
         update = GenerateUpdate(prompts=self._take_infos(output) if self._infos_left else [])
         for sequence in queued:
-            if self._holds_back and not ended and self._due(sequence, now) > 0:
+            if self.holds_back and not ended and self._due(sequence, now) > 0:
                 self._queued.append(sequence)
                 continue
             sequence.queued = False
