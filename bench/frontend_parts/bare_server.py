@@ -3,8 +3,9 @@
     python bare_server.py --shape session|stream --interval X --requests N --tokens T --ticks FILE
 
 Prints its address. A session gets one message per tick, of `requests` events; a stream one message per tick. Whoever is
-behind gets one message for all ticks that went by, as the front-end's slots merge. No request is parsed, nothing is
-detokenized, no engine sends anything. Tokens are `tick number % CYCLE`, as in mock_core.py.
+behind gets the messages of all ticks that went by as one, as the front-end's slots merge. No request is parsed, nothing
+is detokenized, no engine sends anything, and all messages are made before the first tick. Tokens are
+`tick number % CYCLE`, as in mock_core.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class BareServer:
         self._next_tick: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._arrived = 0
         self._all_arrived = asyncio.Event()
-        self._bodies: dict[tuple[int, int], bytes] = {}
+        self._bodies = [self._body(tick) for tick in range(1, options.tokens + 1)]
 
     def add_request(self) -> None:
         self._arrived += 1
@@ -50,24 +51,13 @@ class BareServer:
             self._next_tick.set_result(None)
             self._next_tick = asyncio.get_running_loop().create_future()
 
-    def body(self, first: int, last: int) -> bytes:
-        """The message of the ticks first + 1 .. last: made once for all streams."""
-        found = self._bodies.get((first, last))
-        if found is None:
-            ids = [tick % CYCLE for tick in range(first + 1, last + 1)]
-            response = pb.StreamGenerateResponse(deltas=[pb.OutputDelta(text=TEXT * len(ids), token_ids=ids)])
-            if self._options.shape == "session":
-                events = [pb.GenerateSessionResponse.Event(tag=tag, response=response) for tag in self._tags()]
-                found = pb.GenerateSessionResponse(events=events).SerializeToString()
-            else:
-                found = response.SerializeToString()
-            self._bodies = {key: body for key, body in self._bodies.items() if key[1] >= last - 64} | {
-                (first, last): found
-            }
-        return found
-
-    def _tags(self) -> range:
-        return range(1, self._options.requests + 1)
+    def _body(self, tick: int) -> bytes:
+        response = pb.StreamGenerateResponse(deltas=[pb.OutputDelta(text=TEXT, token_ids=[tick % CYCLE])])
+        if self._options.shape == "stream":
+            return response.SerializeToString()
+        tags = range(1, self._options.requests + 1)
+        events = [pb.GenerateSessionResponse.Event(tag=tag, response=response) for tag in tags]
+        return pb.GenerateSessionResponse(events=events).SerializeToString()
 
     async def session(self, requests: Any, context: Any) -> None:
         while await context.read() is not grpc.aio.EOF:
@@ -84,8 +74,8 @@ class BareServer:
         while sent < self._options.tokens:
             if sent == self._tick:
                 await asyncio.shield(self._next_tick)
-            first, sent = sent, self._tick
-            await context.write(self.body(first, sent))
+            bodies, sent = self._bodies[sent : self._tick], self._tick
+            await context.write(bodies[0] if len(bodies) == 1 else b"".join(bodies))
 
 
 async def run(options: argparse.Namespace) -> None:

@@ -130,16 +130,17 @@ class PlainHistogram(Collector):
 
     def __init__(self, spec: MetricSpec) -> None:
         self._spec = spec
+        self._bounds = spec.buckets
         self._counts = [0] * (len(spec.buckets) + 1)
         """Observations up to each bound and above the one before."""
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._spec.buckets, value)] += 1
+        self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def collect(self) -> Iterable[Family]:
-        bounds = [*map(floatToGoString, self._spec.buckets), "+Inf"]
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
         buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
         yield HistogramMetricFamily(self._spec.full_name, self._spec.help, buckets, self._sum)
 
@@ -164,8 +165,6 @@ class Metrics:
             else:
                 self._histograms[spec.name] = PlainHistogram(spec)
                 self._registry.register(self._histograms[spec.name])
-        self.tokens_per_message = self._histograms["tokens_per_message"]
-        self.inter_token_latency = self._histograms["inter_token_latency_seconds"]
         self._last: dict[str, float] = {}
         """Totals of the present engine core as last reported."""
 
@@ -218,6 +217,10 @@ class Metrics:
         self._histograms["request_params_n"].observe(num_sequences)
         return RequestMeter(self, num_sequences)
 
+    def histogram(self, name: str) -> PlainHistogram:
+        """That of this name, for who observes often."""
+        return self._histograms[name]
+
     def observe(self, name: str, value: float) -> None:
         """One value of the histogram of this name."""
         self._histograms[name].observe(value)
@@ -265,6 +268,8 @@ class RequestMeter:
     def __init__(self, metrics: Metrics, num_sequences: int) -> None:
         self._metrics = metrics
         self._num_sequences = num_sequences
+        self._tokens_per_message = metrics.histogram("tokens_per_message")
+        self._inter_token_latency = metrics.histogram("inter_token_latency_seconds")
         self._last_delivery: float | None = None
         self._ended = False
 
@@ -292,10 +297,9 @@ class RequestMeter:
 
     def delivered_tokens(self, tokens: int, now: float) -> None:
         """A message with so many tokens and nothing else went to the reader; `now` is monotonic."""
-        metrics = self._metrics
-        metrics.tokens_per_message.observe(tokens)
+        self._tokens_per_message.observe(tokens)
         if self._last_delivery is not None:
-            metrics.inter_token_latency.observe(now - self._last_delivery)
+            self._inter_token_latency.observe(now - self._last_delivery)
         self._last_delivery = now
 
     def ended(self, cause: str) -> None:

@@ -280,9 +280,8 @@ class AsyncEngine:
                 return
             if aborts:
                 self._client.abort(aborts, AbortCause.STOP_STRING)
-            handles = self._handles
             for state in changed:
-                if (handle := handles.get(state)) is not None:
+                if (handle := self._handles.get(state)) is not None:
                     self._changed(handle)
         elif isinstance(message, LoadReport):
             self.load = message.load

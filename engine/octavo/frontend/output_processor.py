@@ -143,7 +143,8 @@ class OutputProcessor:
     def _add_token(self, sequence: SequenceState, state: RequestState, token_id: int, now: float) -> StopMatch | None:
         if not sequence.pending:
             sequence.pending_since = now
-            state.queue(sequence)
+            if not sequence.queued:
+                state.queue(sequence)
         sequence.pending.append(token_id)
         sequence.num_tokens += 1
         state.last_token = now

@@ -64,7 +64,7 @@ class RequestHandle:
         self._on_failure = callback
 
     def when_ready(self, callback: Callable[[], None]) -> None:
-        """`callback` is called when there is something to take, once until it is taken. Instead of `next`."""
+        """`callback` is called when there may be something to take, once until `take`. Instead of `next`."""
         self._on_ready = callback
         self.notify()
 
@@ -96,7 +96,9 @@ class RequestHandle:
 
     def take_plain(self) -> tuple[str, list[int]] | None:
         """`RequestState.take_plain`: to be tried before `take`."""
-        self._begin_to_take()
+        self._is_told = False
+        if self._stall_timer is not None:
+            self._begin_to_take()
         return self.state.take_plain()
 
     async def wait(self) -> None:
@@ -138,6 +140,10 @@ class RequestHandle:
         state = self.state
         if state.ended:
             self._cancel_deadline()
+        elif self._on_ready is not None and not self._is_told and not state.holds_back:
+            self._is_told = True
+            self._on_ready()
+            return
         if self._is_told or (self._waiter is None and self._on_ready is None):
             self._check_reader()
         elif state.ended:
@@ -183,7 +189,8 @@ class RequestHandle:
 
     def _wake(self) -> None:
         if self._on_ready is not None:
-            self._cancel_wake_timer()
+            if self._wake_timer is not None:
+                self._cancel_wake_timer()
             if not self._is_told:
                 self._is_told = True
                 self._on_ready()

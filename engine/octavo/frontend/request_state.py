@@ -67,16 +67,6 @@ class SequenceState:
         self.queued = False
         """In the request's list of sequences that have something to take."""
 
-    @property
-    def is_plain(self) -> bool:
-        """All that waits is text and ids; more will come."""
-        return self.delivered and self.finish is None and self.logprobs is None
-
-    def take_plain(self) -> tuple[str, list[int]]:
-        """`take` of a sequence that is_plain: its new text, and its new ids whether they are wanted or not."""
-        token_ids, self.pending = self.pending, []
-        return "" if self.detokenizer is None else self.detokenizer.take(token_ids, final=False), token_ids
-
     def take(self, output: OutputOptions) -> OutputDelta | None:
         """Empties the slot; None if that leaves nothing to tell."""
         token_ids, self.pending = self.pending, []
@@ -155,7 +145,10 @@ class RequestState:
         self._bytes_per_token = bytes_per_token(request.output)
         self.holds_back = (request.output.stream_min_tokens or 1) > 1
         """What is pending may have to wait; if not, it is due at once."""
-        self._can_be_plain = not self.holds_back and request.num_sequences == 1 and request.output.logprobs is None
+        has_logprobs = request.core_requests[0].logprobs is not None
+        self._can_be_plain = not self.holds_back and request.num_sequences == 1 and not has_logprobs
+        self._plain: SequenceState | None = None
+        """The one sequence of a request that can be plain, once all that only the first update has was taken."""
         for prompt in self.prompts:
             for i, key in enumerate(prompt.processed.keys):
                 prompt.sequences.append(_sequence(prompt, key, i, tokenizer))
@@ -197,12 +190,13 @@ class RequestState:
     def take_plain(self) -> tuple[str, list[int]] | None:
         """`take` without its structs, where a request of one sequence goes on and has only text and ids to tell: most
         updates by far. None, and nothing is taken, where there is more to tell or nothing at all."""
-        queued = self._queued
-        if not queued or self._infos_left or self.ended or not self._can_be_plain or not queued[0].is_plain:
+        sequence = self._plain
+        if sequence is None or self.ended or not sequence.pending:
             return None
-        sequence = queued.pop()
+        self._queued.clear()
         sequence.queued = False
-        text, token_ids = sequence.take_plain()
+        token_ids, sequence.pending = sequence.pending, []
+        text = "" if sequence.detokenizer is None else sequence.detokenizer.take(token_ids, final=False)
         return text, token_ids if self.request.output.return_token_ids else []
 
     def take(self, now: float) -> GenerateUpdate | None:
@@ -226,7 +220,11 @@ class RequestState:
         if self.num_running == 0 and self.error is None and not self._complete:
             self._complete = True
             update.usage, update.timing = self._usage(), self._timing()
-        return update if update.prompts or update.deltas or update.usage is not None else None
+        if not update.prompts and not update.deltas and update.usage is None:
+            return None
+        if self._can_be_plain and update.deltas and not self._infos_left:
+            self._plain = self.prompts[0].sequences[0]
+        return update
 
     def _due(self, sequence: SequenceState, now: float) -> float:
         output = self.request.output

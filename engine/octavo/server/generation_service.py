@@ -9,7 +9,7 @@ from octavo_proto.v1 import generation_pb2 as pb
 from octavo.errors import Reason, RequestError
 from octavo.frontend.async_engine import AsyncEngine
 from octavo.metrics import Metrics
-from octavo.server import convert
+from octavo.server import convert, plain
 from octavo.server.requests import ActiveRequest, request_of
 from octavo.server.rpc import REQUEST_ID, Call
 from octavo.server.session import Session, SessionTimes
@@ -35,8 +35,9 @@ class GenerationService:
             active.handle.on_failure(lambda error: call.end_if_stuck(error, _grace(error)))
             handle = active.handle
             while True:
-                raw = active.take(time.monotonic())
-                if raw is None:
+                news = active.take_plain(time.monotonic())
+                raw = active.take() if news is None else plain.stream_response(*news)
+                if not raw:
                     if handle.state.taken:
                         return
                     await handle.wait()

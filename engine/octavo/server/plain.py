@@ -8,7 +8,6 @@ what has a length), its length, its bytes; lengths and ids are varints; a field 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 
 
 @functools.lru_cache(maxsize=1 << 17)
@@ -22,16 +21,16 @@ def varint(value: int) -> bytes:
     return bytes(data)
 
 
+def _delta(text: bytes, token_ids: bytes) -> bytes:
+    """An OutputDelta of sequence 0 of prompt 0."""
+    delta = b"\x1a%b%b" % (varint(len(text)), text) if text else b""  # text = 3
+    return delta + b"\x22%b%b" % (varint(len(token_ids)), token_ids) if token_ids else delta  # token_ids = 4
+
+
 def stream_response(text: str, token_ids: list[int]) -> bytes:
-    """A StreamGenerateResponse with one OutputDelta, of sequence 0 of prompt 0. Something of it is not empty."""
-    delta = b""
-    if text:
-        data = text.encode()
-        delta = b"\x1a%b%b" % (varint(len(data)), data)  # text = 3
-    if token_ids:
-        data = varint(token_ids[0]) if len(token_ids) == 1 else b"".join(map(varint, token_ids))
-        delta += b"\x22%b%b" % (varint(len(data)), data)  # token_ids = 4
-    return b"\x22%b%b" % (varint(len(delta)), delta)  # deltas = 4
+    """A StreamGenerateResponse with one delta; nothing where both are empty."""
+    delta = _delta(text.encode(), b"".join(map(varint, token_ids)))
+    return b"\x22%b%b" % (varint(len(delta)), delta) if delta else b""  # deltas = 4
 
 
 def event_tag(tag: int) -> bytes:
@@ -40,10 +39,20 @@ def event_tag(tag: int) -> bytes:
 
 
 def response_event(event_tag: bytes, response: bytes) -> bytes:
-    """An Event with a serialised StreamGenerateResponse."""
-    return b"%b\x12%b%b" % (event_tag, varint(len(response)), response)  # response = 2
+    """A GenerateSessionResponse with one Event, of a serialised StreamGenerateResponse."""
+    event = b"%b\x12%b%b" % (event_tag, varint(len(response)), response)  # response = 2
+    return b"\x0a%b%b" % (varint(len(event)), event)  # events = 1
 
 
-def session_response(events: Iterable[bytes]) -> bytes:
-    """A GenerateSessionResponse of serialised Events."""
-    return b"".join([b"\x0a%b%b" % (varint(len(event)), event) for event in events])  # events = 1
+def event(event_tag: bytes, text: str, token_ids: list[int]) -> bytes:
+    """`response_event` of `stream_response`, at once where all lengths are single bytes; nothing if that is nothing."""
+    data = text.encode()
+    ids = varint(token_ids[0]) if len(token_ids) == 1 else b"".join(map(varint, token_ids))
+    num_data, num_ids = len(data), len(ids)
+    size = num_data + num_ids + 4
+    if num_data and num_ids and size < 112:  # with tag and lengths still below 128
+        return b"\x0a%c%b\x12%c\x22%c\x1a%c%b\x22%c%b" % (
+            *(size + 4 + len(event_tag), event_tag, size + 2, size, num_data, data, num_ids, ids),
+        )
+    response = stream_response(text, token_ids)
+    return response_event(event_tag, response) if response else b""

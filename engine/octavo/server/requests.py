@@ -13,7 +13,6 @@ from octavo.errors import Reason, RequestError
 from octavo.frontend.async_engine import AsyncEngine, RequestHandle
 from octavo.metrics import Metrics, RequestMeter
 from octavo.server import convert, fields
-from octavo.server.plain import stream_response
 from octavo.server.rpc import Call
 
 
@@ -96,21 +95,17 @@ class ActiveRequest:
             update, request_id=handle.request_id, model=handle.model, options=handle.resolved
         )
 
-    def take(self, now: float) -> bytes | None:
-        """What is new, as a serialised StreamGenerateResponse; None where nothing is, as after the last. `now` is
-        monotonic. Raises RequestError when the request failed."""
-        handle = self.handle
-        plain = None if self._is_first else handle.take_plain()
-        if plain is None:
-            return self._take_update()
-        text, token_ids = plain
-        if not text and not token_ids:
-            return None
-        if token_ids and self._meter is not None:
-            self._meter.delivered_tokens(len(token_ids), now)
-        return stream_response(text, token_ids)
+    def take_plain(self, now: float) -> tuple[str, list[int]] | None:
+        """New text and ids where there is nothing else, or None, and then `take` tells. `now` is monotonic."""
+        assert self._handle is not None
+        plain = self._handle.take_plain()
+        if plain is not None and plain[1] and self._meter is not None:
+            self._meter.delivered_tokens(len(plain[1]), now)
+        return plain
 
-    def _take_update(self) -> bytes | None:
+    def take(self) -> bytes | None:
+        """What is new, as a serialised StreamGenerateResponse; None where nothing is, as after the last. Raises
+        RequestError when the request failed."""
         handle = self.handle
         update = handle.take()
         if update is None:

@@ -23,8 +23,6 @@ from octavo.server import convert, fields, plain, statuses
 from octavo.server.requests import ActiveRequest, request_of
 from octavo.server.rpc import REQUEST_ID, Call, current_task, log_bug
 
-Event = pb.GenerateSessionResponse.Event
-
 _MAX_PENDING = 1024
 """Errors that may wait before no more requests are read."""
 _MAX_PENDING_BYTES = 4 << 20
@@ -55,7 +53,7 @@ class _Running:
 
 @dataclass(slots=True)
 class _Outbox:
-    """Serialised events of errors that wait for the writer."""
+    """Errors that wait for the writer, each a serialised message of one event."""
 
     events: list[bytes] = field(default_factory=list)
     size: int = 0
@@ -121,20 +119,20 @@ class Session:
                 raise failure(Reason.DRAINING)
 
     async def _write(self, events: list[bytes]) -> None:
-        raw = plain.session_response(events)
+        """`events` are messages of one event each; protobuf merges what is concatenated."""
+        raw = b"".join(events)
         if len(raw) <= self._call.max_message:
             await self._call.write_raw(raw)
             return
         part: list[bytes] = []
         size = 0
         for event in self._split(events):
-            event_size = len(event) + 6  # tag and length
-            if part and size + event_size > self._call.max_message:
-                await self._call.write_raw(self._call.checked(plain.session_response(part)))
+            if part and size + len(event) > self._call.max_message:
+                await self._call.write_raw(b"".join(part))
                 part, size = [], 0
             part.append(event)
-            size += event_size
-        await self._call.write_raw(self._call.checked(plain.session_response(part)))
+            size += len(event)
+        await self._call.write_raw(self._call.checked(b"".join(part)))
 
     def _split(self, events: list[bytes]) -> list[bytes]:
         limit = self._call.max_message - 32  # the envelope
@@ -143,21 +141,27 @@ class Session:
             if len(raw) <= limit:
                 parts.append(raw)
                 continue
-            event = Event.FromString(raw)
-            responses = convert.split_response(event.response, limit)
-            parts += [Event(tag=event.tag, response=response).SerializeToString() for response in responses]
+            [event] = pb.GenerateSessionResponse.FromString(raw).events
+            for response in convert.split_response(event.response, limit):
+                parts.append(plain.response_event(plain.event_tag(event.tag), response.SerializeToString()))
         return parts
 
     # --- news
 
     def _take_all(self) -> list[bytes]:
-        """Everything that is due, as events: at most one per request, or one and its error."""
+        """Everything that is due, as messages of one event: at most one per request, or one and its error."""
         ready, self._ready = self._ready, []
         now = time.monotonic()
         events: list[bytes] = []
         for running in ready:
+            active = running.active
+            if active is None:  # cancelled meanwhile
+                continue
             try:
-                self._take(running, now, events)
+                if (news := active.take_plain(now)) is None:
+                    self._take(running, active, events)
+                elif event := plain.event(running.event_tag, *news):
+                    events.append(event)
             except RequestError as error:
                 events.append(self._end(running, error))
             except Exception as error:
@@ -165,12 +169,9 @@ class Session:
                 events.append(self._end(running, statuses.internal()))
         return events
 
-    def _take(self, running: _Running, now: float, events: list[bytes]) -> None:
-        """Raises what ends the request."""
-        active = running.active
-        if active is None:  # cancelled meanwhile
-            return
-        while (response := active.take(now)) is not None:
+    def _take(self, running: _Running, active: ActiveRequest, events: list[bytes]) -> None:
+        """Where the news is more than new text and ids. Raises what ends the request."""
+        while (response := active.take()) is not None:
             events.append(plain.response_event(running.event_tag, response))
             if active.is_complete:
                 self._forget(running, None)
@@ -260,8 +261,9 @@ class Session:
         self._forget(running, ending)
 
     def _has_news(self, running: _Running) -> None:
+        if not self._ready:
+            self._wake.set()
         self._ready.append(running)
-        self._wake.set()
 
     def _reader_may_be_stuck(self, error: RequestError) -> None:
         """A request failed while its news waited to be sent. The others are in the same queue."""
@@ -329,7 +331,8 @@ class Session:
 
 
 def _error_event(running: _Running, error: RequestError) -> bytes:
-    return Event(tag=running.tag, error=statuses.in_band(error, running.request_id)).SerializeToString()
+    event = pb.GenerateSessionResponse.Event(tag=running.tag, error=statuses.in_band(error, running.request_id))
+    return pb.GenerateSessionResponse(events=[event]).SerializeToString()
 
 
 def _request_id(submit: pb.GenerateSessionRequest.Submit) -> str:
