@@ -43,7 +43,7 @@ class RequestHandle:
         self.num_places = state.request.num_rows
         """Of the admission limits, held now. Owned by AsyncEngine."""
         self._owner = owner
-        self._streaming = streaming
+        self._can_stall = streaming and state.max_bytes > STALL_BYTES
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._waits_for_end = False
@@ -156,7 +156,7 @@ class RequestHandle:
         if self.state.error is not None:
             if self._on_failure is not None:
                 self._on_failure(self.state.error)
-        elif self._streaming and self._stall_timer is None and self.state.num_pending_bytes > STALL_BYTES:
+        elif self._can_stall and self._stall_timer is None and self.state.num_pending_bytes > STALL_BYTES:
             self._stall_timer = self._loop.call_later(STALL_SECONDS, self._stalled)
 
     def _stalled(self) -> None:

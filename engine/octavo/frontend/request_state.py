@@ -143,6 +143,9 @@ class RequestState:
         self._infos_left = len(self.prompts)
         self._complete = False
         self._bytes_per_token = bytes_per_token(request.output)
+        tokens = sum(prompt.core_request.max_total_tokens - len(prompt.token_ids) for prompt in request.prompts)
+        self.max_bytes = self._bytes_per_token * tokens * request.core_requests[0].num_sequences
+        """What `num_pending_bytes` can be at most."""
         self.holds_back = (request.output.stream_min_tokens or 1) > 1
         """What is pending may have to wait; if not, it is due at once."""
         has_logprobs = request.core_requests[0].logprobs is not None
