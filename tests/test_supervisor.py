@@ -3,7 +3,7 @@
 import pytest
 from octavo.child import RestartPolicy, describe
 from octavo.config import EngineConfig, ModelConfig, ServerConfig
-from octavo.frontend_slots import ClusterCalls, FrontendSlot
+from octavo.frontend_slots import ClusterCalls, FrontendSlot, choose_number
 from octavo.ipc import ClusterCall, ClusterReply, FrontendCall
 from octavo.supervisor import serve
 
@@ -92,6 +92,12 @@ def test_answers_for_a_caller_that_died_go_nowhere():
     assert not any(isinstance(message, ClusterReply) for slot in all_slots for message in slot.child.sent)
 
 
+@pytest.mark.parametrize(("cores", "number"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (256, 4)])
+def test_front_ends_are_a_quarter_of_the_cores_up_to_four(cores: int, number: int) -> None:
+    assert choose_number("127.0.0.1:50051", cores) == number
+    assert choose_number("unix:/tmp/octavo-test.sock", cores) == 1
+
+
 @pytest.mark.parametrize(
     ("server", "words"),
     [
@@ -99,7 +105,7 @@ def test_answers_for_a_caller_that_died_go_nowhere():
         ({"address": "0.0.0.0:0"}, "--insecure-allow-remote"),
         ({"tls_cert": "cert.pem"}, "key"),
         ({"tls_client_ca": "ca.pem"}, "client CA"),
-        ({"frontend_processes": 0}, "at least 1"),
+        ({"frontend_processes": -1}, "at least 1"),
         ({"frontend_processes": 2, "address": "unix:/tmp/octavo-test.sock"}, "cannot share"),
     ],
 )

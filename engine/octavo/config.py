@@ -131,7 +131,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """unix:PATH or host:port of the admin port; empty: a socket in the run directory."""
     run_directory: str = ""
     """Folder (mode 0700) of the ipc sockets; empty: a fresh one under XDG_RUNTIME_DIR or the temporary folder."""
-    frontend_processes: int = 1
+    frontend_processes: int = 0
+    """Processes that serve clients, each with its part of the limits; 0: a quarter of the cores, from 1 to 4, and 1 on
+    a unix socket."""
     reflection: bool = False
     health_default: str = "liveness"
     """What the health service says for the empty name: "liveness" or "readiness"."""

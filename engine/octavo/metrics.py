@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import enum
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 if TYPE_CHECKING:
     from octavo.types import EngineInfo, EngineLoad, GenerateUpdate
@@ -120,6 +125,26 @@ TABLE: Final[tuple[MetricSpec, ...]] = (
 )
 
 
+class PlainHistogram(Collector):
+    """A histogram without labels, lock and checks: there are two observations per message to a reader."""
+
+    def __init__(self, spec: MetricSpec) -> None:
+        self._spec = spec
+        self._bounds = spec.buckets
+        self._counts = [0] * (len(spec.buckets) + 1)
+        """Observations up to each bound and above the one before."""
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[Family]:
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
+        yield HistogramMetricFamily(self._spec.full_name, self._spec.help, buckets, self._sum)
+
+
 class Metrics:
     """The values of one front-end process. All methods on one thread."""
 
@@ -128,15 +153,18 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
-        self._histograms: dict[str, Histogram] = {}
+        self._histograms: dict[str, PlainHistogram] = {}
         for spec in TABLE:
             arguments = (spec.full_name, spec.help, spec.labels)
             if spec.kind == "gauge":
                 self._gauges[spec.name] = Gauge(*arguments, registry=self._registry)
             elif spec.kind == "counter":
                 self._counters[spec.name] = Counter(*arguments, registry=self._registry)
+            elif spec.labels:
+                self._rpc_seconds = Histogram(*arguments, buckets=spec.buckets, registry=self._registry)
             else:
-                self._histograms[spec.name] = Histogram(*arguments, buckets=spec.buckets, registry=self._registry)
+                self._histograms[spec.name] = PlainHistogram(spec)
+                self._registry.register(self._histograms[spec.name])
         self._last: dict[str, float] = {}
         """Totals of the present engine core as last reported."""
 
@@ -189,6 +217,10 @@ class Metrics:
         self._histograms["request_params_n"].observe(num_sequences)
         return RequestMeter(self, num_sequences)
 
+    def histogram(self, name: str) -> PlainHistogram:
+        """That of this name, for who observes often."""
+        return self._histograms[name]
+
     def observe(self, name: str, value: float) -> None:
         """One value of the histogram of this name."""
         self._histograms[name].observe(value)
@@ -200,7 +232,7 @@ class Metrics:
     def rpc(self, service: str, method: str, code: str, seconds: float) -> None:
         """An RPC ended. `method` must be one that exists; `code` as in "OK"."""
         self._counters["grpc_server_handled_total"].labels(service, method, code).inc()
-        self._histograms["grpc_server_handling_seconds"].labels(service, method).observe(seconds)
+        self._rpc_seconds.labels(service, method).observe(seconds)
 
     # --- reading
 
@@ -236,18 +268,16 @@ class RequestMeter:
     def __init__(self, metrics: Metrics, num_sequences: int) -> None:
         self._metrics = metrics
         self._num_sequences = num_sequences
+        self._tokens_per_message = metrics.histogram("tokens_per_message")
+        self._inter_token_latency = metrics.histogram("inter_token_latency_seconds")
         self._last_delivery: float | None = None
         self._ended = False
 
     def delivered(self, update: GenerateUpdate) -> None:
-        now = time.monotonic()
         metrics = self._metrics
         tokens = sum(len(delta.token_ids) for delta in update.deltas)
         if tokens:
-            metrics.observe("tokens_per_message", tokens)
-            if self._last_delivery is not None:
-                metrics.observe("inter_token_latency_seconds", now - self._last_delivery)
-            self._last_delivery = now
+            self.delivered_tokens(tokens, time.monotonic())
         for delta in update.deltas:
             if delta.finish is not None:
                 metrics.finished(delta.finish.reason.name.lower())
@@ -264,6 +294,13 @@ class RequestMeter:
             metrics.observe("request_decode_time_seconds", decode)
             metrics.observe("request_time_per_output_token_seconds", decode / steps)
             metrics.observe("e2e_request_latency_seconds", timing.total)
+
+    def delivered_tokens(self, tokens: int, now: float) -> None:
+        """A message with so many tokens and nothing else went to the reader; `now` is monotonic."""
+        self._tokens_per_message.observe(tokens)
+        if self._last_delivery is not None:
+            self._inter_token_latency.observe(now - self._last_delivery)
+        self._last_delivery = now
 
     def ended(self, cause: str) -> None:
         """The request is over: counts as aborted with this Reason unless its last update was delivered. Idempotent."""

@@ -29,7 +29,7 @@ from octavo.checkpoint import DEMO, read_spec, resolve
 from octavo.child import Child, RestartPolicy, describe, limit_resources
 from octavo.config import EngineConfig, ServerConfig, check
 from octavo.errors import StartupError
-from octavo.frontend_slots import ClusterCalls, FrontendSlot
+from octavo.frontend_slots import ClusterCalls, FrontendSlot, choose_number
 from octavo.ipc import (
     ClusterCall,
     CoreReady,
@@ -354,10 +354,8 @@ def _introduce(engine: EngineConfig, server: ServerConfig) -> None:
     """The first lines of a start; the children tell the rest."""
     bundled = engine.model.path == str(resolve(DEMO))
     say(f"octavo {__version__}: {'the bundled model' if bundled else engine.model.path}, served as {engine.model.name}")
-    say(
-        f"operators: {server.admin_address}"
-        + (f", metrics: {server.metrics_address}" if server.metrics_address else "")
-    )
+    metrics = f", metrics: {server.metrics_address}" if server.metrics_address else ""
+    say(f"front-end processes: {server.frontend_processes}, operators: {server.admin_address}{metrics}")
 
 
 def say(text: str) -> None:
@@ -379,8 +377,10 @@ async def _all_gone(children: list[Child], timeout: float) -> None:
 
 def _checked(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, ServerConfig]:
     """What can be found wrong before anything is started. Resolves the checkpoint's folder."""
-    if server.frontend_processes < 1:
-        raise StartupError(StartupError.USAGE, "frontend processes: at least 1")
+    if server.frontend_processes < 0:
+        raise StartupError(StartupError.USAGE, "frontend processes: at least 1, or 0 to choose by the cores")
+    number = server.frontend_processes or choose_number(server.address)
+    server = msgspec.structs.replace(server, frontend_processes=number)
     if server.frontend_processes > 1 and server.address.startswith("unix:"):
         raise StartupError(StartupError.USAGE, f"{server.address}: several front-ends cannot share a unix socket")
     if bool(server.tls_cert) != bool(server.tls_key):

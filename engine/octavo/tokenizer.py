@@ -39,6 +39,10 @@ class Tokenizer:
     """[vocab_size] what each id stands for; special tokens as they are spelled."""
     plain_bytes: list[bytes]
     """[vocab_size] the same, but nothing for special tokens: decoding with skip_special_tokens."""
+    token_texts: list[str | None]
+    """[vocab_size] `token_bytes` as text where they are whole characters, None where they are not."""
+    plain_texts: list[str | None]
+    """The same of `plain_bytes`."""
     special_ids: frozenset[int]
     split_special_tokens: bool
     """What an unset PromptOptions.split_special_tokens means: false unless tokenizer_config.json says otherwise."""
@@ -68,6 +72,8 @@ class Tokenizer:
         added = rust.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.plain_bytes = [b"" if i in self.special_ids else data for i, data in enumerate(self.token_bytes)]
+        self.token_texts = [_text_of(data) for data in self.token_bytes]
+        self.plain_texts = ["" if i in self.special_ids else text for i, text in enumerate(self.token_texts)]
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> Tokenizer:
@@ -118,6 +124,9 @@ class Tokenizer:
 
     def bytes_table(self, skip_special_tokens: bool) -> list[bytes]:
         return self.plain_bytes if skip_special_tokens else self.token_bytes
+
+    def texts_table(self, skip_special_tokens: bool) -> list[str | None]:
+        return self.plain_texts if skip_special_tokens else self.token_texts
 
     def _splitting(self) -> RustTokenizer:
         """A second tokenizer, since splitting special tokens is a setting of the whole object."""
@@ -245,6 +254,13 @@ def _byte_of_char() -> dict[str, int]:
 
 
 _BYTE_OF_CHAR = _byte_of_char()
+
+
+def _text_of(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _bytes_of(token: str) -> bytes:

@@ -54,7 +54,7 @@ class ServerUnderTest:
         self.folder = Path(tempfile.mkdtemp(prefix="oct-"))
         self.run_directory = self.folder / "run"
         self.engine = engine or engine_config()
-        fields = {"address": "127.0.0.1:0", "run_directory": str(self.run_directory), **server}
+        fields = {"address": "127.0.0.1:0", "frontend_processes": 1, "run_directory": str(self.run_directory), **server}
         self.server = ServerConfig(**fields)
         self.address = ""
         self.stdout: list[str] = []

@@ -102,7 +102,8 @@ def test_the_extension_is_what_the_chosen_token_adds():
 
 async def test_a_request_waits_for_its_healed_prompts_and_streams_what_they_add():
     core = FakeCore()
-    engine = AsyncEngine(demo(), core, ServerConfig(limits=Limits(max_inflight_requests=2)), cache_secret=b"")
+    config = ServerConfig(frontend_processes=1, limits=Limits(max_inflight_requests=2))
+    engine = AsyncEngine(demo(), core, config, cache_secret=b"")
     engine.engine_up(engine_info(), restarts=0)
     tokenizer = demo().tokenizer
     plan = TokenHealer(tokenizer).plan(tokenizer.encode(["I met a trav"])[0], PromptOptions())

@@ -89,7 +89,7 @@ def test_a_bounded_number_of_answers_is_remembered(monkeypatch):
 
 async def test_compiling_leaves_the_event_loop_alone_and_has_its_time(monkeypatch):
     monkeypatch.setattr("octavo.frontend.async_engine.COMPILE_SECONDS", 0.05)
-    engine = AsyncEngine(demo(), FakeCore(), ServerConfig(), cache_secret=b"")
+    engine = AsyncEngine(demo(), FakeCore(), ServerConfig(frontend_processes=1), cache_secret=b"")
     engine.engine_up(engine_info(), restarts=0)
 
     def slow(self: ConstraintCompiler, constraint: StructuredOutput) -> None:

@@ -184,7 +184,9 @@ async def serving(
     **config: Any,
 ) -> AsyncIterator[Served]:
     """`server`: further arguments of GrpcServer; `config`: fields of ServerConfig."""
-    settings = ServerConfig(**{"address": "127.0.0.1:0", "limits": limits or Limits(), **config})
+    settings = ServerConfig(
+        **{"address": "127.0.0.1:0", "limits": limits or Limits(), "frontend_processes": 1, **config}
+    )
     core = FakeCore()
     engine = AsyncEngine(model(), core, settings, cache_secret=b"secret")
     grpc_server = GrpcServer(

@@ -179,11 +179,9 @@ class ZmqClient:
         for _ in range(_MAX_READS):
             if self._pull.closed:
                 return
-            try:
-                data = self._pull.recv(zmq.NOBLOCK)
-            except zmq.Again:
+            if not int(self._pull.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return
-            self._handle(data)
+            self._handle(self._pull.recv(zmq.NOBLOCK))
         self._loop.call_soon(self._read)
 
     def _handle(self, data: bytes) -> None:

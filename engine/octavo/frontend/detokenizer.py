@@ -96,7 +96,10 @@ class Detokenizer:
     ) -> None:
         self._table = tokenizer.bytes_table(skip_special_tokens)
         self._spelled = tokenizer.token_bytes
-        self._decode = _utf8_decoder("replace").decode
+        self._texts = tokenizer.texts_table(skip_special_tokens)
+        self._decoder = _utf8_decoder("replace")
+        self._is_whole = True
+        """The bytes so far end with a whole character: the next token's text stands for itself."""
         self._matcher = matcher if output != StopStringOutput.TOKENS else None
         self._holds_back = output == StopStringOutput.EXCLUDE
         self._cut: int | None = None
@@ -113,10 +116,19 @@ class Detokenizer:
 
     def take(self, token_ids: Sequence[int], *, final: bool) -> str:
         """The text that `token_ids`, new since the last call, make certain. `final`: all that is left."""
-        if self._matcher is None:
-            return self._decode(b"".join(map(self._table.__getitem__, token_ids)), final)
-        self._held.extend(token_ids)
-        return self._decode(self._release(self._limit(self._matcher, final)), final)
+        if self._matcher is not None:
+            self._held.extend(token_ids)
+            return self._decoder.decode(self._release(self._limit(self._matcher, final)), final)
+        if self._is_whole:
+            texts = self._texts
+            if len(token_ids) == 1 and (text := texts[token_ids[0]]) is not None:
+                return text
+            parts = [part for token_id in token_ids if (part := texts[token_id]) is not None]
+            if len(parts) == len(token_ids):
+                return "".join(parts)
+        text = self._decoder.decode(b"".join(map(self._table.__getitem__, token_ids)), final)
+        self._is_whole = not self._decoder.getstate()[0]
+        return text
 
     def _limit(self, matcher: StopMatcher, final: bool) -> int:
         """Offset up to which bytes can be delivered."""

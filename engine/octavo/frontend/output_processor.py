@@ -96,7 +96,7 @@ class OutputProcessor:
                     if aborted:
                         sequence.finish = FinishInfo(FinishReason.ABORTED, sequence.num_tokens)
                         state.queue(sequence)
-        state.error = error
+        state.fail(error)
         self._forget(state)
         return running
 
@@ -107,28 +107,24 @@ class OutputProcessor:
         keys: list[int] = np.frombuffer(outputs.keys, "<i8").tolist()
         token_ids: list[int] = np.frombuffer(outputs.token_ids, "<i4").tolist()
         rows = _LogprobRows(outputs.logprobs) if outputs.logprobs is not None else None
-        for entry, key in enumerate(keys):
+        for entry, (key, token_id, reason) in enumerate(zip(keys, token_ids, outputs.finish, strict=True)):
             sequence = sequences.get(key)
             if sequence is None:
                 continue
             state = sequence.prompt.request
+            changed[id(state)] = state
             try:
-                token_id, reason = token_ids[entry], outputs.finish[entry]
-                match = None
-                if token_id >= 0:
-                    match = self._add_token(sequence, token_id, now)
-                    if rows is not None:
-                        rows.add_to(sequence, entry)
+                match = self._add_token(sequence, state, token_id, now) if token_id >= 0 else None
+                if rows is not None and token_id >= 0:
+                    rows.add_to(sequence, entry)
                 if reason or match is not None:
                     del sequences[key]
                     if not reason:
                         aborts.append(key)
                     self._end(sequence, FinishReason(reason), match, token_id)
-                changed[id(state)] = state
             except Exception:
                 _log.exception("request %s failed while its output was processed", state.request.request_id)
                 aborts += self.fail(state, failure(Reason.INTERNAL))
-                changed[id(state)] = state
 
     def _take_found(self, found: BeamSequence, now: float, changed: dict[int, RequestState], aborts: list[int]) -> None:
         """A whole sequence of a beam search."""
@@ -139,7 +135,7 @@ class OutputProcessor:
         try:
             match, token_id = None, -1
             for token_id in _ints(found.token_ids):
-                match = self._add_token(sequence, token_id, now)
+                match = self._add_token(sequence, state, token_id, now)
             state.last_token = now
             sequence.score = found.score
             sequence.logprobs = None if found.logprobs is None else _logprobs(found.logprobs)
@@ -152,13 +148,13 @@ class OutputProcessor:
             aborts += self.fail(state, failure(Reason.INTERNAL))
         changed[id(state)] = state
 
-    def _add_token(self, sequence: SequenceState, token_id: int, now: float) -> StopMatch | None:
+    def _add_token(self, sequence: SequenceState, state: RequestState, token_id: int, now: float) -> StopMatch | None:
         if not sequence.pending:
             sequence.pending_since = now
-            sequence.prompt.request.queue(sequence)
+            if not sequence.queued:
+                state.queue(sequence)
         sequence.pending.append(token_id)
         sequence.num_tokens += 1
-        state = sequence.prompt.request
         state.last_token = now
         if sequence.num_tokens == 1:
             state.first_token = min(state.first_token, now)
@@ -180,8 +176,8 @@ class OutputProcessor:
             ended_by_token = reason in (FinishReason.EOS, FinishReason.STOP_TOKEN)
             sequence.finish = FinishInfo(reason, sequence.num_tokens, token_id=token_id if ended_by_token else None)
         state.queue(sequence)
-        state.num_running -= 1
-        if state.num_running == 0:
+        state.end_sequence()
+        if state.ended:
             self._forget(state)
 
     def _start(self, started: PromptStarted) -> None:

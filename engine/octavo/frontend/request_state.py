@@ -131,6 +131,8 @@ class RequestState:
         self.request = request
         self.error: RequestError | None = None
         """Why the request failed; what was generated before can still be taken."""
+        self.ended = False
+        """No more will come: every sequence has ended, or the request failed."""
         self.prompts = [PromptState(self, processed) for processed in request.prompts]
         self.num_running = request.num_sequences
         self.first_scheduled = inf
@@ -141,15 +143,18 @@ class RequestState:
         self._infos_left = len(self.prompts)
         self._complete = False
         self._bytes_per_token = bytes_per_token(request.output)
-        self._holds_back = (request.output.stream_min_tokens or 1) > 1
+        tokens = sum(prompt.core_request.max_total_tokens - len(prompt.token_ids) for prompt in request.prompts)
+        self.max_bytes = self._bytes_per_token * tokens * request.core_requests[0].num_sequences
+        """What `num_pending_bytes` can be at most."""
+        self.holds_back = (request.output.stream_min_tokens or 1) > 1
+        """What is pending may have to wait; if not, it is due at once."""
+        has_logprobs = request.core_requests[0].logprobs is not None
+        self._can_be_plain = not self.holds_back and request.num_sequences == 1 and not has_logprobs
+        self._plain: SequenceState | None = None
+        """The one sequence of a request that can be plain, once all that only the first update has was taken."""
         for prompt in self.prompts:
             for i, key in enumerate(prompt.processed.keys):
                 prompt.sequences.append(_sequence(prompt, key, i, tokenizer))
-
-    @property
-    def ended(self) -> bool:
-        """No more will come: every sequence has ended, or the request failed."""
-        return self.error is not None or self.num_running == 0
 
     @property
     def taken(self) -> bool:
@@ -161,6 +166,16 @@ class RequestState:
         """Estimated size of what waits for the reader."""
         return self._bytes_per_token * sum(len(sequence.pending) for sequence in self._queued)
 
+    def fail(self, error: RequestError) -> None:
+        """Ends it with an error."""
+        self.error, self.ended = error, True
+
+    def end_sequence(self) -> None:
+        """One of the running sequences has ended."""
+        self.num_running -= 1
+        if self.num_running == 0:
+            self.ended = True
+
     def queue(self, sequence: SequenceState) -> None:
         """The sequence has something to take."""
         if not sequence.queued:
@@ -171,9 +186,21 @@ class RequestState:
         """Seconds until `take` has something to give: 0 at once, infinity if nothing is pending."""
         if self.ended:
             return inf if self.taken else 0.0
-        if not self._holds_back:
+        if not self.holds_back:
             return 0.0 if self._queued else inf
         return min((self._due(sequence, now) for sequence in self._queued), default=inf)
+
+    def take_plain(self) -> tuple[str, list[int]] | None:
+        """`take` without its structs, where a request of one sequence goes on and has only text and ids to tell: most
+        updates by far. None, and nothing is taken, where there is more to tell or nothing at all."""
+        sequence = self._plain
+        if sequence is None or self.ended or not sequence.pending:
+            return None
+        self._queued.clear()
+        sequence.queued = False
+        token_ids, sequence.pending = sequence.pending, []
+        text = "" if sequence.detokenizer is None else sequence.detokenizer.take(token_ids, final=False)
+        return text, token_ids if self.request.output.return_token_ids else []
 
     def take(self, now: float) -> GenerateUpdate | None:
         """What is due since the last call, merged; None if nothing. After the end everything is due.
@@ -184,7 +211,7 @@ class RequestState:
         queued, self._queued = self._queued, []
         update = GenerateUpdate(prompts=self._take_infos(output) if self._infos_left else [])
         for sequence in queued:
-            if self._holds_back and not ended and self._due(sequence, now) > 0:
+            if self.holds_back and not ended and self._due(sequence, now) > 0:
                 self._queued.append(sequence)
                 continue
             sequence.queued = False
@@ -196,7 +223,11 @@ class RequestState:
         if self.num_running == 0 and self.error is None and not self._complete:
             self._complete = True
             update.usage, update.timing = self._usage(), self._timing()
-        return update if update.prompts or update.deltas or update.usage is not None else None
+        if not update.prompts and not update.deltas and update.usage is None:
+            return None
+        if self._can_be_plain and update.deltas and not self._infos_left:
+            self._plain = self.prompts[0].sequences[0]
+        return update
 
     def _due(self, sequence: SequenceState, now: float) -> float:
         output = self.request.output

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 from octavo_proto.v1 import generation_pb2 as pb
 
 from octavo.errors import Reason, RequestError
 from octavo.frontend.async_engine import AsyncEngine
 from octavo.metrics import Metrics
-from octavo.server import convert
+from octavo.server import convert, plain
 from octavo.server.requests import ActiveRequest, request_of
 from octavo.server.rpc import REQUEST_ID, Call
 from octavo.server.session import Session, SessionTimes
@@ -31,12 +33,18 @@ class GenerationService:
     async def StreamGenerate(self, request: pb.StreamGenerateRequest, call: Call) -> None:
         async with self._open(request_of(request), call, streaming=True) as active:
             active.handle.on_failure(lambda error: call.end_if_stuck(error, _grace(error)))
-            while (response := await active.next()) is not None:
-                raw = response.SerializeToString()
-                if len(raw) <= call.max_message:
+            handle = active.handle
+            while True:
+                news = active.take_plain(time.monotonic())
+                raw = active.take() if news is None else plain.stream_response(*news)
+                if not raw:
+                    if handle.state.taken:
+                        return
+                    await handle.wait()
+                elif len(raw) <= call.max_message:
                     await call.write_raw(raw)
                 else:
-                    for part in convert.split_response(response, call.max_message):
+                    for part in convert.split_response(pb.StreamGenerateResponse.FromString(raw), call.max_message):
                         await call.write(part)
 
     async def GenerateSession(self, call: Call) -> None:

@@ -17,7 +17,10 @@ from octavo.server.rpc import Call
 
 
 class ActiveRequest:
-    """A submitted request; `async with` opens it and frees its places on every way out. One reader."""
+    """A submitted request; `async with` opens it and frees its places on every way out. One reader.
+
+    Where opening and closing are far apart: `open`, and `close` if that returned.
+    """
 
     def __init__(
         self,
@@ -41,8 +44,20 @@ class ActiveRequest:
         self._meter: RequestMeter | None = None
         self._handle: RequestHandle | None = None
         self._is_first = True
+        self.is_complete = False
+        """The message with `usage`, the last of a request that succeeds, was taken."""
 
     async def __aenter__(self) -> ActiveRequest:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+    async def open(self) -> None:
+        """Submits it. Raises RequestError when it is not admitted; then there is nothing to close."""
         try:
             request = fields.read_request(self._message)
             if not request.request_id:
@@ -58,13 +73,10 @@ class ActiveRequest:
             raise
         if self._metrics is not None:
             self._meter = self._metrics.request(len(request.prompts) * (request.params.num_return_sequences or 1))
-        return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._handle is not None
-        self._handle.close()
+    def close(self, error: BaseException | None = None) -> None:
+        """Idempotent. `error`: why it did not end by itself."""
+        self.handle.close()
         if self._meter is not None:
             self._meter.ended(_cause(error))
 
@@ -83,21 +95,31 @@ class ActiveRequest:
             update, request_id=handle.request_id, model=handle.model, options=handle.resolved
         )
 
-    async def next(self) -> pb.StreamGenerateResponse | None:
-        """What is new; None after the last. Raises RequestError when the request failed."""
+    def take_plain(self, now: float) -> tuple[str, list[int]] | None:
+        """New text and ids where there is nothing else, or None, and then `take` tells. `now` is monotonic."""
+        assert self._handle is not None
+        plain = self._handle.take_plain()
+        if plain is not None and plain[1] and self._meter is not None:
+            self._meter.delivered_tokens(len(plain[1]), now)
+        return plain
+
+    def take(self) -> bytes | None:
+        """What is new, as a serialised StreamGenerateResponse; None where nothing is, as after the last. Raises
+        RequestError when the request failed."""
         handle = self.handle
-        update = await handle.next()
+        update = handle.take()
         if update is None:
             return None
         if self._meter is not None:
             self._meter.delivered(update)
+        self.is_complete = update.usage is not None
         response = convert.stream_response(update)
         if self._is_first:
             self._is_first = False
             convert.name_first_response(
                 response, request_id=handle.request_id, model=handle.model, options=handle.resolved
             )
-        return response
+        return response.SerializeToString()
 
 
 def _cause(error: BaseException | None) -> str:

@@ -104,7 +104,10 @@ class Call:
 
     def serialize(self, message: Message) -> bytes:
         """Raises RequestError RESPONSE_TOO_LARGE."""
-        raw = message.SerializeToString()
+        return self.checked(message.SerializeToString())
+
+    def checked(self, raw: bytes) -> bytes:
+        """Raises RequestError RESPONSE_TOO_LARGE."""
         if len(raw) > self.max_message:
             raise statuses.response_too_large(self.max_message)
         return raw
@@ -114,7 +117,8 @@ class Call:
 
     async def write_raw(self, raw: bytes) -> None:
         """Returns when gRPC's flow control has taken the message."""
-        await self.send_headers()
+        if not self._sent_headers:
+            await self.send_headers()
         self._num_writes += 1
         self._is_writing = True
         if self._stall_timer is None:

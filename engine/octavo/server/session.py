@@ -1,13 +1,14 @@
 """GenerateSession: many requests on one stream, one message per wake-up for all of them.
 
-A task per request (the pump) takes updates from its handle and puts events into the session's list; one writer, the
-RPC's own task, sends the list whole. A pump waits until its event was sent before it takes the next update, so that a
-slow stream makes updates merge in the handles, and a session holds one event per request.
+No task per request: one that has news puts itself on a list, and the writer, the RPC's own task, takes from all that
+are listed when it can send. So what waits for a slow stream stays in the requests' slots, where it is merged, and the
+session itself holds errors only. A task opens a request and ends when that is admitted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -18,14 +19,12 @@ from octavo.errors import Reason, RequestError
 from octavo.frontend.async_engine import AsyncEngine
 from octavo.frontend.failures import failure
 from octavo.metrics import Metrics
-from octavo.server import convert, fields, statuses
+from octavo.server import convert, fields, plain, statuses
 from octavo.server.requests import ActiveRequest, request_of
 from octavo.server.rpc import REQUEST_ID, Call, current_task, log_bug
 
-Event = pb.GenerateSessionResponse.Event
-
 _MAX_PENDING = 1024
-"""Events that may wait before no more requests are read."""
+"""Errors that may wait before no more requests are read."""
 _MAX_PENDING_BYTES = 4 << 20
 """The same in bytes."""
 
@@ -38,17 +37,25 @@ class SessionTimes:
     idle: float = 600.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Running:
-    task: asyncio.Task[None]
+    """A request from its submission to its last event."""
+
+    tag: int
     request_id: str
+    event_tag: bytes
+    """Its tag as it is in the bytes of an event."""
+    opening: asyncio.Task[None] | None = None
+    """Until it is admitted."""
+    active: ActiveRequest | None = None
+    """From then on."""
 
 
 @dataclass(slots=True)
 class _Outbox:
-    """Events that wait for the writer."""
+    """Errors that wait for the writer, each a serialised message of one event."""
 
-    events: list[Event] = field(default_factory=list)
+    events: list[bytes] = field(default_factory=list)
     size: int = 0
     """Bytes of `events`."""
     sent: asyncio.Event = field(default_factory=asyncio.Event)
@@ -64,8 +71,10 @@ class Session:
         self._metrics = metrics
         self._times = times
         self._running: dict[int, _Running] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        """Pumps, those of requests that were cancelled included."""
+        self._ready: list[_Running] = []
+        """Those that have news, in the order in which they got them."""
+        self._opening: set[asyncio.Task[None]] = set()
+        """Those of requests that were cancelled included."""
         self._outbox = _Outbox()
         self._wake = asyncio.Event()
         self._half_closed = False
@@ -83,9 +92,12 @@ class Session:
             await self._write_all()
         finally:
             self._stop_idle_timer()
-            tasks = [reader, *self._tasks]
+            tasks = [reader, *self._opening]
             for task in tasks:
                 task.cancel()
+            for running in self._running.values():
+                if running.active is not None:
+                    running.active.close()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     # --- the writer
@@ -95,8 +107,9 @@ class Session:
             await self._wake.wait()
             self._wake.clear()
             outbox, self._outbox = self._outbox, _Outbox()
-            if outbox.events:
-                await self._write(outbox.events)
+            events = outbox.events + self._take_all()
+            if events:
+                await self._write(events)
             outbox.sent.set()
             if self._failure is not None:
                 raise self._failure
@@ -105,30 +118,73 @@ class Session:
                     return
                 raise failure(Reason.DRAINING)
 
-    async def _write(self, events: list[Event]) -> None:
-        raw = pb.GenerateSessionResponse(events=events).SerializeToString()
+    async def _write(self, events: list[bytes]) -> None:
+        """`events` are messages of one event each; protobuf merges what is concatenated."""
+        raw = b"".join(events)
         if len(raw) <= self._call.max_message:
             await self._call.write_raw(raw)
             return
-        part, size = pb.GenerateSessionResponse(), 0
+        part: list[bytes] = []
+        size = 0
         for event in self._split(events):
-            event_size = event.ByteSize() + 6  # tag and length
-            if size and size + event_size > self._call.max_message:
-                await self._call.write(part)
-                part, size = pb.GenerateSessionResponse(), 0
-            part.events.append(event)
-            size += event_size
-        await self._call.write(part)
+            if part and size + len(event) > self._call.max_message:
+                await self._call.write_raw(b"".join(part))
+                part, size = [], 0
+            part.append(event)
+            size += len(event)
+        await self._call.write_raw(self._call.checked(b"".join(part)))
 
-    def _split(self, events: list[Event]) -> list[Event]:
+    def _split(self, events: list[bytes]) -> list[bytes]:
         limit = self._call.max_message - 32  # the envelope
         parts = []
-        for event in events:
-            if event.ByteSize() <= limit:
-                parts.append(event)
-            else:
-                parts += [Event(tag=event.tag, response=r) for r in convert.split_response(event.response, limit)]
+        for raw in events:
+            if len(raw) <= limit:
+                parts.append(raw)
+                continue
+            [event] = pb.GenerateSessionResponse.FromString(raw).events
+            for response in convert.split_response(event.response, limit):
+                parts.append(plain.response_event(plain.event_tag(event.tag), response.SerializeToString()))
         return parts
+
+    # --- news
+
+    def _take_all(self) -> list[bytes]:
+        """Everything that is due, as messages of one event: at most one per request, or one and its error."""
+        ready, self._ready = self._ready, []
+        now = time.monotonic()
+        events: list[bytes] = []
+        for running in ready:
+            active = running.active
+            if active is None:  # cancelled meanwhile
+                continue
+            try:
+                if (news := active.take_plain(now)) is None:
+                    self._take(running, active, events)
+                elif event := plain.event(running.event_tag, *news):
+                    events.append(event)
+            except RequestError as error:
+                events.append(self._end(running, error))
+            except Exception as error:
+                log_bug(error, running.request_id)
+                events.append(self._end(running, statuses.internal()))
+        return events
+
+    def _take(self, running: _Running, active: ActiveRequest, events: list[bytes]) -> None:
+        """Where the news is more than new text and ids. Raises what ends the request."""
+        while (response := active.take()) is not None:
+            events.append(plain.response_event(running.event_tag, response))
+            if active.is_complete:
+                self._forget(running, None)
+                return
+            if not active.handle.state.ended:
+                return
+        if active.handle.state.taken:
+            raise statuses.internal()  # it ended without usage and without error
+
+    def _end(self, running: _Running, error: RequestError) -> bytes:
+        """Its last event. It is no longer running, whatever the writer does."""
+        self._forget(running, error)
+        return _error_event(running, error)
 
     # --- the reader
 
@@ -158,60 +214,63 @@ class Session:
         tag = submit.tag
         self._stop_idle_timer()
         limit = self._engine.limits.max_session_requests
+        running = _Running(tag, _request_id(submit), plain.event_tag(tag))
         if tag in self._running:
             text = f"a running request of this stream has the tag {tag}"
-            self._put_error(tag, RequestError(Reason.TAG_IN_USE, text), _request_id(submit))
+            self._put_error(running, RequestError(Reason.TAG_IN_USE, text))
         elif len(self._running) >= limit:
             text = f"{limit} requests are running on this stream; wait for one of them"
-            self._put_error(tag, RequestError(Reason.SESSION_FULL, text), _request_id(submit))
+            self._put_error(running, RequestError(Reason.SESSION_FULL, text))
         else:
-            request_id = _request_id(submit)
-            task = asyncio.create_task(self._pump(submit, request_id), name="octavo session request")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            self._running[tag] = _Running(task, request_id)
+            task = asyncio.create_task(self._open(submit, running), name="octavo session request")
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
+            running.opening = task
+            self._running[tag] = running
         if not self._running:
             self._start_idle_timer(self._times.idle)
 
     def _cancel(self, tag: int) -> None:
         running = self._running.get(tag)
         if running is not None:
-            running.task.cancel()
-            self._put_error(tag, RequestError(Reason.CLIENT_CANCELLED, "cancelled"), running.request_id)
-            self._forget(tag)
+            if running.opening is not None:
+                running.opening.cancel()
+            error = RequestError(Reason.CLIENT_CANCELLED, "cancelled")
+            self._put_error(running, error)
+            self._forget(running, error)
 
     # --- a request
 
-    async def _pump(self, submit: pb.GenerateSessionRequest.Submit, request_id: str) -> None:
-        """After the request's last event it is no longer running, whatever the writer does."""
-        tag = submit.tag
+    async def _open(self, submit: pb.GenerateSessionRequest.Submit, running: _Running) -> None:
         try:
-            async with self._open(submit, request_id) as active:
-                active.handle.on_failure(self._reader_may_be_stuck)
-                while (response := await active.next()) is not None:
-                    outbox = self._put(Event(tag=tag, response=response))
-                    if response.HasField("usage"):
-                        self._forget(tag)
-                        return
-                    await outbox.sent.wait()
+            active = self._request(submit, running.request_id)
+            await active.open()
         except RequestError as error:
             ending = error
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and current_task().cancelling():
                 raise
-            log_bug(error, request_id)
+            log_bug(error, running.request_id)
             ending = statuses.internal()
         else:
-            ending = statuses.internal()  # a handle ended without usage and without error
-        self._put_error(tag, ending, request_id)
-        self._forget(tag)
+            running.opening, running.active = None, active
+            active.handle.on_failure(self._reader_may_be_stuck)
+            active.handle.when_ready(functools.partial(self._has_news, running))
+            return
+        self._put_error(running, ending)
+        self._forget(running, ending)
+
+    def _has_news(self, running: _Running) -> None:
+        if not self._ready:
+            self._wake.set()
+        self._ready.append(running)
 
     def _reader_may_be_stuck(self, error: RequestError) -> None:
-        """A request failed while its last event waited to be sent. The others are in the same queue."""
+        """A request failed while its news waited to be sent. The others are in the same queue."""
         if error.reason is Reason.SLOW_READER:
             self._call.end_if_stuck(error, 0.0)
 
-    def _open(self, submit: pb.GenerateSessionRequest.Submit, request_id: str) -> ActiveRequest:
+    def _request(self, submit: pb.GenerateSessionRequest.Submit, request_id: str) -> ActiveRequest:
         return ActiveRequest(
             self._engine,
             request_of(submit),
@@ -235,17 +294,18 @@ class Session:
             ends.append(time.monotonic() + timeout)
         return min(ends, default=None)
 
-    def _put(self, event: Event) -> _Outbox:
+    def _put_error(self, running: _Running, error: RequestError) -> None:
+        event = _error_event(running, error)
         self._outbox.events.append(event)
-        self._outbox.size += event.ByteSize()
+        self._outbox.size += len(event)
         self._wake.set()
-        return self._outbox
 
-    def _put_error(self, tag: int, error: RequestError, request_id: str) -> None:
-        self._put(Event(tag=tag, error=statuses.in_band(error, request_id)))
-
-    def _forget(self, tag: int) -> None:
-        del self._running[tag]
+    def _forget(self, running: _Running, error: RequestError | None) -> None:
+        """It has ended, with an error or without."""
+        del self._running[running.tag]
+        if running.active is not None:
+            running.active.close(error)
+            running.active = None
         if not self._running and not self._half_closed:
             self._start_idle_timer(self._times.idle)
 
@@ -268,6 +328,11 @@ class Session:
     def _idle_too_long(self, seconds: float) -> None:
         self._failure = RequestError(Reason.SERVER_MAX_DURATION, f"no request came for {seconds:g} seconds")
         self._wake.set()
+
+
+def _error_event(running: _Running, error: RequestError) -> bytes:
+    event = pb.GenerateSessionResponse.Event(tag=running.tag, error=statuses.in_band(error, running.request_id))
+    return pb.GenerateSessionResponse(events=[event]).SerializeToString()
 
 
 def _request_id(submit: pb.GenerateSessionRequest.Submit) -> str:
