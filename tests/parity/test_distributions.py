@@ -1,4 +1,4 @@
-"""What the engine samples has the distribution that transformers samples from: chi-square, the bundled model in fp32."""
+"""What the engine samples has the distribution that transformers samples from: chi-square, the bundled model, fp32."""
 
 from __future__ import annotations
 
