@@ -214,6 +214,8 @@ SUPPORTED_PARAMS: Final[frozenset[str]] = frozenset(
         "structured_output",
         "bos_token_id",
         "token_healing",
+        "prompt_lookup_num_tokens",
+        "max_matching_ngram_size",
     }
 )
 """Fields of GenerationParams that the engine honours. Any other that a request sets is UNSUPPORTED_FIELD, except at
@@ -376,6 +378,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch."""
     beam_search: bool = True
     """Whether it can honour num_beams above 1."""
+    speculation: bool = True
+    """Whether it checks drafts; if not, it decodes without."""
     unsupported_params: list[str] = []
     """Fields of GenerationParams that front-ends know and it cannot honour."""
 

@@ -76,6 +76,7 @@ class EngineCore:
             config.cache,
             num_blocks=self.info.num_blocks,
             max_model_len=self.info.max_model_len,
+            speculates=self.info.speculation,
         )
         self.frontends: dict[int, None] = {}
         """Front-ends that get load reports: those that were heard of and are not gone."""

@@ -83,6 +83,7 @@ class LoadedModel:
             batch_invariant=False,
             start_time=time.time(),
             beam_search=isinstance(self.model, GPT2),
+            speculation=isinstance(self.model, GPT2),
             unsupported_params=[] if isinstance(self.model, GPT2) else list(CPU_ONLY_PARAMS),
         )
 

@@ -22,6 +22,7 @@ from octavo.worker.noise import Noise
 from octavo.worker.prompt_logprobs import add_prompt_logprobs
 from octavo.worker.request_states import Int64s, RequestStates
 from octavo.worker.sampler import Sampler
+from octavo.worker.speculation import DraftChecker, draft_indices
 from octavo.worker.warm_up import warm_up
 
 
@@ -67,6 +68,7 @@ class ModelRunner:
         self._beams = Beams(self._states, Path(config.model.path))
         self._noise = Noise(spec.vocab_size, loaded.device)
         self._sampler = Sampler(self._states, self._noise)
+        self._drafts = DraftChecker(self._states, self._sampler)
         self._batches = InputBatchBuilder(self._states, loaded.device)
         warm_up(self, spec, config.cache)
         self._states.free(0)
@@ -119,14 +121,26 @@ class ModelRunner:
             alive = states.finished[slots[rows]] == 0
             rows, indices = rows[alive], indices[torch.from_numpy(alive).to(indices.device)]
         if len(rows):
+            if step.drafts:
+                drafted = torch.from_numpy(draft_indices(step, rows, batch.query_start_loc_np)).to(indices.device)
+                indices = torch.cat([indices, drafted])
             logits = self._model.logits(hidden[indices])
-            if self._beams:
-                logits, rows = self._advance_beams(logits, step, rows, output)
-            if len(rows):
-                self._choose(logits, slots, rows, output)
+            self._choose_all(logits, step, rows, output)
         if any(reason is Reason.INTERNAL for _, reason in output.failed):
             self.check_device()  # if it is broken, no row is to blame
         return output
+
+    def _choose_all(self, logits: Tensor, step: SchedulerOutput, rows: Int64s, output: ModelRunnerOutput) -> None:
+        """What the sampling rows [S] of a step choose, from logits [S + T, V]: theirs, then of T draft tokens."""
+        behind = logits[len(rows) :]
+        logits = logits[: len(rows)]
+        alone = rows
+        if self._beams:
+            logits, alone = self._advance_beams(logits, step, rows, output)
+        if len(alone):
+            self._choose(logits, step.slots, alone, output)
+        if step.drafts:
+            self._drafts.check(behind, step, rows, output)
 
     def _advance_beams(
         self, logits: Tensor, step: SchedulerOutput, rows: Int64s, output: ModelRunnerOutput
