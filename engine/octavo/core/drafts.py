@@ -127,10 +127,8 @@ class Drafts:
         """Moves decode rows of the plan that have a draft to `plan.drafts`, as far as budget and blocks go."""
         most = self._most
         for slot in plan.decode[self._drafts[plan.decode]].tolist():
-            limit = min(most, plan.budget)
-            if limit <= 0:
-                break
-            draft = self._draft(slot, limit)
+            left = int(self._batch.max_total[slot] - self._batch.num_known[slot])
+            draft = self.draft(slot, min(most, plan.budget, left - 1))  # one more is chosen behind the draft
             draft = draft[: self._make_room(plan, slot, len(draft))]
             if len(draft):
                 plan.drafts.append((slot, draft))
@@ -139,11 +137,9 @@ class Drafts:
         if plan.drafts:
             plan.decode = plan.decode[~np.isin(plan.decode, [slot for slot, _ in plan.drafts])]
 
-    def _draft(self, slot: int, limit: int) -> Int32s:
-        """A copy. One token more than the draft must fit into the sequence: the one chosen behind it."""
-        batch = self._batch
-        history = batch.token_ids[slot, : batch.num_known[slot]]
-        limit = min(limit, int(batch.max_total[slot]) - len(history) - 1)
+    def draft(self, slot: int, limit: int) -> Int32s:
+        """Up to `limit` tokens that may follow those of the slot; a copy."""
+        history = self._batch.token_ids[slot, : self._batch.num_known[slot]]
         return self._lookups[slot].draft(history, limit).copy()
 
     def _make_room(self, plan: Plan, slot: int, count: int) -> int:

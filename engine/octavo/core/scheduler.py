@@ -72,7 +72,7 @@ class Scheduler:
         )
         self.batch = RunningBatch(config.max_num_requests, max_model_len)
         self.meter = LoadMeter()
-        self._drafts = Drafts(self.batch, self.kv, config, enabled=speculates)
+        self.drafts = Drafts(self.batch, self.kv, config, enabled=speculates)
         self._beams = BeamScheduler(self.batch, self.kv, config.max_chunk_tokens, self._make_room)
         self._waiting = WaitingQueue()
         self._deadlines, self._queue_timeouts, self._time_limits = Timers(), Timers(), Timers()
@@ -176,7 +176,7 @@ class Scheduler:
     def _vacate(self, slot: int) -> None:
         self.kv.free(slot)
         self.batch.remove(slot)
-        self._drafts.remove(slot)
+        self.drafts.remove(slot)
         self._freed_slots.append(slot)
 
     # --- clocks -------------------------------------------------------------------------------------------------------
@@ -220,8 +220,8 @@ class Scheduler:
         self._schedule_running(plan, now)
         if not plan.preempted:
             self._schedule_waiting(plan, now)
-            if self._drafts:
-                self._drafts.add(plan)
+            if self.drafts:
+                self.drafts.add(plan)
         if not (len(plan.decode) or plan.prefill or plan.admitted or plan.beams or plan.drafts):
             return None
         return self._launch(plan, now)
@@ -248,8 +248,8 @@ class Scheduler:
         order = order[batch.num_tokens[order] < batch.max_total[order]]  # else its last token is in flight
         if self._beams:
             order = order[~batch.is_beam[order]]
-        if self._drafts:
-            order = self._drafts.ready(order)
+        if self.drafts:
+            order = self.drafts.ready(order)
         computed = batch.num_computed[order]
         remaining = batch.num_tokens[order] - computed
         decodes = remaining == 1
@@ -355,7 +355,7 @@ class Scheduler:
         self._waiting.pop()
         slot = self.batch.add(request, num_cached)
         request.status = RequestStatus.RUNNING
-        self._drafts.admit(request)
+        self.drafts.admit(request)
         if fork:
             copies = self.kv.fork(slot, group.held_blocks, num_cached)
             assert copies is not None
