@@ -1,4 +1,4 @@
-"""Random workloads in which most sequences get drafts, right ones and wrong ones, and mutants of what is theirs alone."""
+"""Random workloads in which most sequences get drafts, right and wrong, and mutants of what is theirs alone."""
 
 from __future__ import annotations
 
