@@ -408,3 +408,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens looked up."""
     prefix_cache_hits: int = 0
     """Tokens found."""
+    drafted_tokens: int = 0
+    """By speculation."""
+    accepted_tokens: int = 0
+    """Drafted tokens that were right."""

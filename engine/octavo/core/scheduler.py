@@ -471,6 +471,7 @@ class Scheduler:
         for slot, _ in plan.prefill + plan.admitted:
             self._share_prompt(batch.request_at(slot))
         self.meter.total.prompt_tokens += sum(count for _, count in several) + len(single)
+        self.meter.total.drafted_tokens += sum(len(draft) for _, draft in plan.drafts)
         self.meter.tick(now)
         return step
 
@@ -504,6 +505,8 @@ class Scheduler:
             self._end_reported(batch.request_at(slot))
         self._vacate_landed(slots)
         self.meter.total.generation_tokens += len(tokens.slots)
+        if output.further is not None:
+            self.meter.total.accepted_tokens += len(output.further.rows)
         return self._events.take(step.step_id, tokens)
 
     def _take_choice(self, choice: BeamChoice) -> None:
@@ -617,6 +620,8 @@ class Scheduler:
             generation_tokens=total.generation_tokens,
             prefix_cache_queries=total.cache_queries,
             prefix_cache_hits=total.cache_hits,
+            drafted_tokens=total.drafted_tokens,
+            accepted_tokens=total.accepted_tokens,
         )
 
     def check(self) -> None:
