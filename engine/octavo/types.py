@@ -379,7 +379,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     beam_search: bool = True
     """Whether it can honour num_beams above 1."""
     speculation: bool = True
-    """Whether it checks drafts; if not, it decodes without."""
+    """Whether it checks drafts (prompt_lookup_num_tokens); if not, it decodes without any."""
     unsupported_params: list[str] = []
     """Fields of GenerationParams that front-ends know and it cannot honour."""
 
