@@ -102,9 +102,10 @@ CONFIG: Final[dict[str, Entry]] = {
     ),
     # Without a change of the result
     "prompt_lookup_num_tokens": Supported(
-        "a hint: the tokens never depend on it, in transformers sampled ones do; not with beams"
+        "0 to 32; a hint: the tokens never depend on it, in transformers sampled ones do; not with beams; on a GPU "
+        "without effect yet"
     ),
-    "max_matching_ngram_size": Supported("the longest n-gram that is looked up"),
+    "max_matching_ngram_size": Supported("1 to 16, 2 by default: the longest n-gram that is looked up"),
     "token_healing": Supported(
         "the prompt's last token is chosen anew among those that extend it",
         "tests/parity/test_healing.py::test_healed_prompts_and_what_follows_equal_transformers",

@@ -92,6 +92,8 @@ TABLE: Final[tuple[MetricSpec, ...]] = (
     _engine("num_preemptions_total", "counter", "Sequences preempted to free KV blocks."),
     _engine("prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache."),
     _engine("prefix_cache_hits_total", "counter", "Prompt tokens found in the prefix cache."),
+    _engine("spec_decode_num_draft_tokens_total", "counter", "Tokens drafted by prompt lookup."),
+    _engine("spec_decode_num_accepted_tokens_total", "counter", "Drafted tokens that were right."),
     _engine("engine_restarts_total", "counter", "Times that the engine core was replaced."),
     MetricSpec("request_success_total", "counter", "Sequences that ended, by finish reason.", ("finished_reason",)),
     MetricSpec("request_aborted_total", "counter", "Admitted requests that failed or were cancelled.", ("cause",)),
@@ -197,6 +199,8 @@ class Metrics:
         self._grew("num_preemptions_total", load.preemptions)
         self._grew("prefix_cache_queries_total", load.prefix_cache_queries)
         self._grew("prefix_cache_hits_total", load.prefix_cache_hits)
+        self._grew("spec_decode_num_draft_tokens_total", load.drafted_tokens)
+        self._grew("spec_decode_num_accepted_tokens_total", load.accepted_tokens)
 
     def _grew(self, name: str, total: float) -> None:
         self._counters[name].inc(max(0.0, total - self._last.get(name, 0.0)))

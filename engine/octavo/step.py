@@ -1,8 +1,8 @@
 """Where `core` and `worker` meet: what one step computes, and what came out. Plain data, numpy only.
 
 A step is one forward pass over a flat batch of tokens. Row r belongs to the request in `slots[r]`, starts at position
-`num_computed[r]` and has `num_scheduled[r]` tokens; decode rows come before prefill rows. The worker keeps a request's
-tokens, block table and parameters by slot: what is here is only what changed.
+`num_computed[r]` and has `num_scheduled[r]` tokens; decode rows come before prefill rows, rows with a draft come last.
+The worker keeps a request's tokens, block table and parameters by slot: what is here is only what changed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class SchedulerOutput:
     num_scheduled: Int32s
     """[R]"""
     samples: Bools
-    """[R] whether the row ends at its request's last token, so that a next one is chosen."""
+    """[R] whether the row ends at its request's last token, so that a next one is chosen. Of a row with a draft true:
+    it has the last token, and the draft behind it."""
     num_decode_rows: int
     """Rows before this one have exactly one token and sample."""
     freed_slots: list[int] = field(default_factory=list)
@@ -96,6 +97,9 @@ class SchedulerOutput:
     """(source, destination) blocks to copy in all layers before the forward pass: copy on write."""
     expired_groups: list[int] = field(default_factory=list)
     """Beam searches that end with this step, since their max_time is over."""
+    drafts: list[Int32s] = field(default_factory=list)
+    """Of the last rows, one each, never empty: tokens that may follow. As long as they are what the row chooses, it
+    chooses on behind them; it never does behind one that ends the sequence."""
 
     @property
     def num_rows(self) -> int:
@@ -107,7 +111,7 @@ class LogprobRows:
     """Values for the rows that asked, in columns. Rows may ask for different numbers, hence the offsets."""
 
     rows: Int32s
-    """[Q] indices into the step's rows."""
+    """[Q] indices into the step's R rows; R + i is the i-th of its further tokens."""
     chosen: Float32s
     """[Q]"""
     ranks: Int32s
@@ -184,11 +188,24 @@ class BeamChoice:
 
 
 @dataclass(slots=True)
+class FurtherTokens:
+    """What rows with a draft chose after their first tokens, of each row in order."""
+
+    rows: Int32s
+    """[E] indices into the step's rows."""
+    token_ids: Int32s
+    """[E]"""
+    finish: UInt8s
+    """[E]"""
+
+
+@dataclass(slots=True)
 class ModelRunnerOutput:
     token_ids: Int32s
     """[R], -1 where the row chose none, as those of beam searches."""
     finish: UInt8s
     """[R] FinishReason or 0: EOS, STOP_TOKEN or LENGTH."""
+    further: FurtherTokens | None = None
     logprobs: LogprobRows | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     beams: list[BeamChoice] = field(default_factory=list)

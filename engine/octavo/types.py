@@ -214,6 +214,8 @@ SUPPORTED_PARAMS: Final[frozenset[str]] = frozenset(
         "structured_output",
         "bos_token_id",
         "token_healing",
+        "prompt_lookup_num_tokens",
+        "max_matching_ngram_size",
     }
 )
 """Fields of GenerationParams that the engine honours. Any other that a request sets is UNSUPPORTED_FIELD, except at
@@ -374,6 +376,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: bool
     start_time: float
     """Seconds since the epoch."""
+    speculation: bool = True
+    """Whether it checks drafts (prompt_lookup_num_tokens); if not, it decodes without any."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -400,3 +404,7 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens looked up."""
     prefix_cache_hits: int = 0
     """Tokens found."""
+    drafted_tokens: int = 0
+    """By speculation."""
+    accepted_tokens: int = 0
+    """Drafted tokens that were right."""

@@ -22,7 +22,7 @@ def request(key: int, prompt: list[int] | int, new_tokens: int = 4, **options: o
     return EngineCoreRequest(
         key=key,
         prompt_token_ids=np.array(tokens, np.int32).tobytes(),
-        params=GenerationParams(max_time=max_time),  # type: ignore[arg-type]
+        params=options.pop("params", GenerationParams(max_time=max_time)),  # type: ignore[arg-type]
         max_total_tokens=len(tokens) + new_tokens,
         seed=key,
         **{**defaults, **options},  # type: ignore[arg-type]

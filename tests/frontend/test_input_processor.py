@@ -13,7 +13,6 @@ from octavo.config import Limits
 from octavo.errors import Reason, RequestError
 from octavo.frontend.input_processor import InputProcessor
 from octavo.frontend.requests import ProcessedRequest
-from octavo.frontend.validation import UNSUPPORTED_NEUTRAL
 from octavo.types import (
     SUPPORTED_PARAMS,
     CacheOptions,
@@ -205,32 +204,11 @@ def test_all_violations_come_at_once_and_never_repeat_the_prompt() -> None:
     assert "canary" not in str(error) + str(error.violations)
 
 
-NOT_NEUTRAL = {
-    "num_beams": 2,
-    "length_penalty": 2.0,
-    "early_stopping": EarlyStopping.TRUE,
-    "guidance_scale": 2.0,
-    "token_healing": True,
-    "prompt_lookup_num_tokens": 3,
-    "max_matching_ngram_size": 3,
-}
-UNSUPPORTED = {name: value for name, value in NOT_NEUTRAL.items() if name not in SUPPORTED_PARAMS}
+def test_every_field_is_honoured() -> None:
+    assert set(GenerationParams.__struct_fields__) == SUPPORTED_PARAMS
 
 
-def test_every_field_is_either_supported_or_rejected_here() -> None:
-    assert set(UNSUPPORTED) | SUPPORTED_PARAMS == set(GenerationParams.__struct_fields__)
-    assert set(UNSUPPORTED) == set(UNSUPPORTED_NEUTRAL)
-
-
-@pytest.mark.parametrize("field", UNSUPPORTED)
-def test_field_that_nothing_honours_is_rejected_by_name(field: str) -> None:
-    error = refusal(request(**{field: UNSUPPORTED[field]}))
-    assert error.reason is Reason.UNSUPPORTED_FIELD
-    assert fields(error) == [f"params.{field}"]
-    assert error.violations[0].description == "not implemented yet"
-
-
-def test_neutral_values_of_unsupported_fields_are_accepted() -> None:
+def test_neutral_values_are_accepted() -> None:
     process(
         request(
             num_beams=1,
@@ -238,6 +216,8 @@ def test_neutral_values_of_unsupported_fields_are_accepted() -> None:
             early_stopping=EarlyStopping.FALSE,
             guidance_scale=1.0,
             token_healing=False,
+            prompt_lookup_num_tokens=0,
+            max_matching_ngram_size=2,
         )
     )
 

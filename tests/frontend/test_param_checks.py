@@ -81,6 +81,8 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     ],
     "remove_invalid_values": [(1, ""), ("yes", "")],
     "renormalize_logits": [(0, "")],
+    "prompt_lookup_num_tokens": [(-1, ""), (33, ""), (2.5, "")],
+    "max_matching_ngram_size": [(0, ""), (17, "")],
 }
 
 
@@ -108,6 +110,8 @@ ACCEPTED: dict[str, list[Any]] = {
     "exponential_decay_length_penalty": [ExponentialDecay(0, 1), ExponentialDecay(1024, 0.5), ExponentialDecay(3, 1e9)],
     "remove_invalid_values": [True, False],
     "renormalize_logits": [True, False],
+    "prompt_lookup_num_tokens": [0, 1, 32],
+    "max_matching_ngram_size": [1, 2, 16],
 }
 
 

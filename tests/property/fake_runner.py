@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from octavo.errors import Reason
@@ -18,7 +18,6 @@ from octavo.step import (
     BeamChoice,
     BeamHypothesis,
     Int32s,
-    LogprobRows,
     ModelRunnerOutput,
     NewRequest,
     PromptLogprobs,
@@ -26,7 +25,8 @@ from octavo.step import (
 )
 from octavo.types import FinishReason, GenerationParams
 from property.beam_oracle import choose
-from property.oracle import MASK, VOCAB_SIZE, WEIGHTS, TagChain, finish_of, make_tag, mix, next_token
+from property.fake_output import FurtherTable, LogprobTable
+from property.oracle import MASK, WEIGHTS, TagChain, finish_of, make_tag, mix, next_token
 
 
 class ContractError(AssertionError):
@@ -71,45 +71,6 @@ class Slot:
         return self.chain.tags[:count]
 
 
-@dataclass
-class _Columns:
-    """LogprobRows while it grows."""
-
-    rows: list[int] = field(default_factory=list)
-    chosen: list[float] = field(default_factory=list)
-    ranks: list[int] = field(default_factory=list)
-    top_offsets: list[int] = field(default_factory=lambda: [0])
-    top_token_ids: list[int] = field(default_factory=list)
-    top_values: list[float] = field(default_factory=list)
-    requested_offsets: list[int] = field(default_factory=lambda: [0])
-    requested: list[float] = field(default_factory=list)
-
-    def add(self, row: int, token_id: int, num_top: int, token_ids: list[int]) -> None:
-        """Values that can be checked from the token alone."""
-        self.rows.append(row)
-        self.chosen.append(-float(token_id))
-        self.ranks.append(token_id + 1)
-        self.top_token_ids += [(token_id + i) % VOCAB_SIZE for i in range(num_top)]
-        self.top_values += [-float(i) for i in range(num_top)]
-        self.top_offsets.append(len(self.top_token_ids))
-        self.requested += [float(token_id + other) for other in token_ids]
-        self.requested_offsets.append(len(self.requested))
-
-    def finish(self) -> LogprobRows | None:
-        if not self.rows:
-            return None
-        return LogprobRows(
-            rows=np.array(self.rows, np.int32),
-            chosen=np.array(self.chosen, np.float32),
-            ranks=np.array(self.ranks, np.int32),
-            top_offsets=np.array(self.top_offsets, np.int32),
-            top_token_ids=np.array(self.top_token_ids, np.int32),
-            top_values=np.array(self.top_values, np.float32),
-            requested_offsets=np.array(self.requested_offsets, np.int32),
-            requested=np.array(self.requested, np.float32),
-        )
-
-
 class FakePendingStep:
     """A submitted step; its result was computed in the order of submission and is read in that order."""
 
@@ -146,6 +107,7 @@ class FakeRunner:
         """Requests of different domains must never share a block."""
         self.num_muted_rows = 0
         self.num_copies = 0
+        self.num_drafted = self.num_accepted = 0
         self._last_step_id = -1
         self._poison: dict[int, int] = {}  # tags that a failed row left behind -> its group
 
@@ -221,7 +183,8 @@ class FakeRunner:
         self._check_rows(step, rows)
         self._check_writers(rows)
         output = ModelRunnerOutput(np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.uint8))
-        logprobs = _Columns()
+        logprobs, further = LogprobTable(), FurtherTable(len(rows))
+        drafts = [[] for _ in range(len(rows) - len(step.drafts))] + [draft.tolist() for draft in step.drafts]
         snapshot = self.cache.copy()
         searches: dict[int, dict[int, tuple[int, int]]] = {}  # group -> beam -> slot and last tag
         for row, (slot_id, start, count) in enumerate(rows):
@@ -236,12 +199,15 @@ class FakeRunner:
                 output.failed.append((row, reason))
                 self._mute(slot)
                 continue
-            tag = self._compute(slot, context, start, count)
+            tags = self._compute(slot, context, start, count, drafts[row])
             self._add_prompt_logprobs(output, slot, row, start, count)
             if step.samples[row] and num_beams(slot.request) > 1:
-                searches.setdefault(slot.request.group_id, {})[slot.request.row] = (slot_id, tag)
+                searches.setdefault(slot.request.group_id, {})[slot.request.row] = (slot_id, tags[-1])
             elif step.samples[row]:
-                self._sample(output, logprobs, slot, row, tag)
+                behind = tags[len(tags) - 1 - len(drafts[row]) :]
+                output.token_ids[row], output.finish[row] = self._sample(logprobs, slot, row, behind[0])
+                self._check_draft(further, slot, row, drafts[row], behind)
+        further.finish(output, logprobs, [self.slots[slot_id].request for slot_id, _, _ in rows])
         for group, rows_of_group in searches.items():
             self._advance_search(output, rows_of_group, group in step.expired_groups)
         output.logprobs = logprobs.finish()
@@ -262,14 +228,27 @@ class FakeRunner:
                 require(slot.finished != FinishReason.LENGTH, "scheduled past its length:", slot_id)
                 continue
             length = len(slot.tokens)
+            if row >= len(rows) - len(step.drafts):
+                count -= self._check_limits(slot, step.drafts[row - len(rows)].tolist())
             if not slot.started:
                 slot.started, slot.num_computed = True, start
             require(start == slot.num_computed, "row starts at", start, "but slot", slot_id, "is at", slot.num_computed)
             require(start + count <= length, "row beyond the tokens of slot", slot_id, start, count, length)
             require(bool(step.samples[row]) == (start + count == length), "samples is wrong in row", row)
-            blocks = slot.block_table[: -(-(start + count) // self.block_size)]
+            blocks = slot.block_table[: -(-(start + rows[row][2]) // self.block_size)]
             require((blocks >= 1).all() and (blocks <= self.num_blocks).all(), "no block for slot", slot_id, blocks)
             require(len(set(blocks.tolist())) == len(blocks), "a block twice in one table:", slot_id, blocks)
+
+    def _check_limits(self, slot: Slot, draft: list[int]) -> int:
+        """Length of a draft that is as step.py says."""
+        request = slot.request
+        require(draft, "an empty draft:", request.slot)
+        require(num_beams(request) == 1, "a draft of a beam search:", request.slot)
+        ends = {*request.eos_token_ids, *request.stop_token_ids}
+        require(not ends & set(draft), "a draft goes on behind an end:", request.slot, draft)
+        require(len(draft) <= (request.params.prompt_lookup_num_tokens or 0), "a long draft:", request.slot, draft)
+        require(len(slot.tokens) + len(draft) < request.max_total_tokens, "a draft beyond the length:", request.slot)
+        return len(draft)
 
     def _check_writers(self, rows: list[tuple[int, int, int]]) -> None:
         """A block that one row writes is in no other request's computed part: shared blocks are immutable."""
@@ -303,33 +282,44 @@ class FakeRunner:
             self._poison[tag] = slot.request.group_id
             self.cache[slot.block_table[position // self.block_size], position % self.block_size] = tag
 
-    def _compute(self, slot: Slot, context: np.ndarray, start: int, count: int) -> int:
-        """Writes the tags of the row's tokens, given those that its block table reads. Returns the last tag."""
+    def _compute(self, slot: Slot, context: np.ndarray, start: int, count: int, draft: list[int]) -> list[int]:
+        """Writes the tags of the row's tokens, given those that its block table reads. Returns them."""
         if self.strict:
             wrong = np.flatnonzero(context != np.array(slot.expected_tags(start), np.uint64))
             require(not wrong.size, "stale cache: slot", slot.request.slot, "positions", wrong, slot.block_table)
         total = int((context * WEIGHTS[:start]).sum())
-        tag = 0
+        tags: list[int] = []
+        tokens = slot.tokens + draft
         for position in range(start, start + count):
-            tag = make_tag(slot.chain.domain, slot.tokens[position], position, total)
-            total = (total + tag * (2 * position + 1)) & MASK
-            self.cache[slot.block_table[position // self.block_size], position % self.block_size] = tag
-        slot.num_computed = start + count
-        return tag
+            tags.append(make_tag(slot.chain.domain, tokens[position], position, total))
+            total = (total + tags[-1] * (2 * position + 1)) & MASK
+            self.cache[slot.block_table[position // self.block_size], position % self.block_size] = tags[-1]
+        slot.num_computed = start + count - len(draft)
+        return tags
 
-    def _sample(self, output: ModelRunnerOutput, logprobs: _Columns, slot: Slot, row: int, tag: int) -> None:
+    def _check_draft(self, further: FurtherTable, slot: Slot, row: int, draft: list[int], tags: list[int]) -> None:
+        """Tokens behind the first one, as long as the draft has what was chosen; tags [1 + len(draft)]."""
+        self.num_drafted += len(draft)
+        for drafted, tag in zip(draft, tags[1:], strict=True):
+            if drafted != slot.tokens[-1]:
+                return
+            self.num_accepted += 1
+            slot.num_computed += 1
+            further.entries.append((row, *self._sample(None, slot, row, tag)))
+
+    def _sample(self, logprobs: LogprobTable | None, slot: Slot, row: int, tag: int) -> tuple[int, FinishReason]:
+        """Appends the token that follows this tag."""
         request = slot.request
         token_id = next_token(tag, request.seed, request.row)
         slot.tokens.append(token_id)
         finish = finish_of(
             token_id, len(slot.tokens), request.max_total_tokens, request.eos_token_ids, request.stop_token_ids
         )
-        output.token_ids[row] = token_id
-        output.finish[row] = finish
         if finish:
             slot.finished = finish
-        if request.logprobs is not None:
+        if logprobs is not None and request.logprobs is not None:
             logprobs.add(row, token_id, request.logprobs.num_top, request.logprobs.token_ids)
+        return token_id, finish
 
     def _mute(self, slot: Slot) -> None:
         """Of a beam search all rows."""

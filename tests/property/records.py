@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from octavo.errors import Reason
 from octavo.ipc import EngineCoreOutputs
+from octavo.step import Int32s
 from octavo.types import FinishReason
 from property.beam_oracle import BeamAnswer
 from property.oracle import VOCAB_SIZE, Answer, mix
@@ -21,6 +22,8 @@ class PromptSpec:
     max_new_tokens: int
     num_sequences: int = 1
     num_beams: int = 1
+    lookup: int = 0
+    """Most tokens of a draft; 0: none."""
     priority: int = 0
     salt: str = ""
     bypass: bool = False
@@ -92,3 +95,13 @@ def random_prompt(rng: random.Random, group: int, length: int) -> list[int]:
     shared = [mix(group * 1000 + position) % VOCAB_SIZE for position in range(length)]
     split = rng.randint(0, length)
     return shared[:split] + [rng.randrange(VOCAB_SIZE) for _ in range(length - split)]
+
+
+def guess(sequence: Sequence, known: int, limit: int, chance: int) -> Int32s:
+    """A draft behind `known` tokens of the output: some of the right ones, then perhaps wrong ones."""
+    spec = sequence.prompt.spec
+    length = max(0, min(limit, spec.lookup))
+    right = sequence.expected.token_ids[known:][: chance % (length + 2)][:length]
+    tokens = [*right, *([mix(chance) % VOCAB_SIZE] * (length - len(right)))]
+    ends = [i for i, token in enumerate(tokens) if token in (*spec.eos, *spec.stop)]
+    return np.array(tokens[: ends[0]] if ends else tokens, np.int32)

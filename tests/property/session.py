@@ -12,12 +12,12 @@ from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.scheduler import Scheduler
 from octavo.errors import Reason
 from octavo.ipc import BeamSequence, EngineCoreOutputs, EngineCoreRequest
-from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
+from octavo.step import Int32s, LogprobSpec, NewRequest, SchedulerOutput
 from octavo.types import FinishReason, GenerationParams, LogprobKind
 from property.beam_oracle import beam_answer
 from property.fake_runner import FakePendingStep, FakeRunner, needs_host, require
-from property.oracle import VOCAB_SIZE, Answer, answer
-from property.records import PromptSpec, SentPrompt, Sequence, columns
+from property.oracle import VOCAB_SIZE, Answer, answer, mix
+from property.records import PromptSpec, SentPrompt, Sequence, columns, guess
 
 
 class Session:
@@ -46,6 +46,7 @@ class Session:
             max_model_len=max_model_len,
         )
         self.runner.domain_of = self._domain_of
+        self.look_up, self.scheduler.drafts.draft = self.scheduler.drafts.draft, self._draft
         self.now = 1000.0
         self.in_flight: deque[tuple[SchedulerOutput, FakePendingStep]] = deque()
         self.sequences: dict[tuple[int, int], Sequence] = {}
@@ -61,6 +62,16 @@ class Session:
 
     def _domain_of(self, request: NewRequest) -> int:
         return self.prompts[request.seed].domain
+
+    def _draft(self, slot: int, limit: int) -> Int32s:
+        """What the fake model's history says is hardly ever right."""
+        request = self.scheduler.batch.request_at(slot)
+        known = int(self.scheduler.batch.num_known[slot])
+        sequence = self.sequences[request.frontend, request.key]
+        chance = mix(known * 1009 + request.key)
+        if chance % 8 == 0:
+            return self.look_up(slot, limit)
+        return guess(sequence, known - len(sequence.prompt.spec.tokens), limit, chance)
 
     def alive(self) -> list[tuple[int, int]]:
         return [name for name, sequence in self.sequences.items() if sequence.alive]
@@ -125,6 +136,7 @@ class Session:
                 seed=sent.seed,
                 num_return_sequences=spec.num_sequences,
                 num_beams=spec.num_beams,
+                prompt_lookup_num_tokens=spec.lookup or None,
             ),
             max_total_tokens=max_total,
             length_is_context=spec.length_is_context,
@@ -174,6 +186,8 @@ class Session:
             "cached_tokens": self.num_cached_tokens,
             "copies": self.runner.num_copies,
             "muted_rows": self.runner.num_muted_rows,
+            "drafted": self.runner.num_drafted,
+            "accepted": self.runner.num_accepted,
             "found": sum(s.prompt.search is not None and len(s.received) > 0 for s in self.sequences.values()),
             "aborted": sum(sequence.aborted for sequence in self.sequences.values()),
             **{reason.name: ended.count(reason) for reason in (*FinishReason, *Reason) if reason in ended},

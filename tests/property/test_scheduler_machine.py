@@ -41,6 +41,7 @@ def prompt_specs(draw: st.DrawFn) -> PromptSpec:
         length_is_context=draw(st.booleans()),
         num_top=draw(st.sampled_from([None, None, 0, 3])),
         prompt_logprobs=draw(st.sampled_from([None, None, None, 2])),
+        lookup=draw(st.sampled_from([0, 0, 1, 3, 8])),
     )
 
 

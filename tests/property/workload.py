@@ -1,5 +1,5 @@
 """A random workload from one seed, quicker than hypothesis: drives the same session for the seeded mutants, and by hand
-to look for trouble:  `python -m property.workload FIRST_SEED COUNT [BEAMS]` in tests/.
+to look for trouble:  `python -m property.workload FIRST_SEED COUNT [BEAMS [DRAFTS]]` in tests/.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def random_session(rng: random.Random, check: bool = True) -> Session:
     )
 
 
-def random_spec(rng: random.Random, beams: float = 0.0) -> PromptSpec:
-    """`beams`: how probable a beam search is."""
+def random_spec(rng: random.Random, beams: float = 0.0, drafts: float = 0.0) -> PromptSpec:
+    """`beams`: how probable a beam search is; `drafts`: the same of speculation in others."""
     length = rng.randint(1, 40)
     usual = rng.random() < 0.7
     spec = PromptSpec(
@@ -58,15 +58,19 @@ def random_spec(rng: random.Random, beams: float = 0.0) -> PromptSpec:
     if beams and rng.random() < beams:  # without beams the seeds give what they always gave
         num_beams = rng.choice([2, 2, 3, 4])
         spec = replace(spec, num_beams=num_beams, num_sequences=rng.randint(1, num_beams), num_top=None)
+    elif drafts and rng.random() < drafts:
+        spec = replace(spec, lookup=rng.choice([1, 2, 3, 5, 8, 32]))
     return spec
 
 
-def act(session: Session, rng: random.Random, beams: float = 0.0) -> None:
+def act(session: Session, rng: random.Random, beams: float = 0.0, drafts: float = 0.0) -> None:
     """One input; steps come between them."""
     kind = rng.random()
     names = session.alive() if rng.random() < 0.8 else list(session.sequences)
     if kind < 0.55:
-        session.add(rng.randrange(NUM_FRONTENDS), [random_spec(rng, beams) for _ in range(rng.choice([1, 1, 2]))])
+        frontend = rng.randrange(NUM_FRONTENDS)
+        specs = [random_spec(rng, beams, drafts) for _ in range(rng.choice([1, 1, 2]))]
+        session.add(frontend, specs)
     elif kind < 0.75 and names:
         frontend, key = rng.choice(names)
         session.abort(frontend, [key, key + 1, 999_999] if rng.random() < 0.3 else [key])
@@ -82,13 +86,16 @@ def act(session: Session, rng: random.Random, beams: float = 0.0) -> None:
         session.now += rng.choice([0.001, 0.1, 1.0, 5.0, 12.0])
 
 
-def run_workload(seed: int, num_actions: int = 40, check: bool = True, beams: float = 0.0) -> Session:
+def run_workload(
+    seed: int, num_actions: int = 40, check: bool = True, beams: float = 0.0, drafts: float = 0.0
+) -> Session:
     """Inputs and steps in random order, then everything must come to its end. Without `check` the scheduler's own
-    invariants are not asked. `beams`: part of the prompts that are beam searches."""
+    invariants are not asked. `beams`: part of the prompts that are beam searches; `drafts`: of the others, part that
+    look up drafts."""
     rng = random.Random(seed)
     session = random_session(rng, check)
     for _ in range(num_actions):
-        act(session, rng, beams)
+        act(session, rng, beams, drafts)
         for _ in range(rng.choice([0, 0, 1, 1, 2, 6])):
             session.step()
             session.now += 0.001
@@ -99,12 +106,12 @@ def run_workload(seed: int, num_actions: int = 40, check: bool = True, beams: fl
 
 def main() -> None:
     first, count = int(sys.argv[1]), int(sys.argv[2])
-    beams = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
+    beams, drafts = (float(sys.argv[i]) if len(sys.argv) > i else 0.0 for i in (3, 4))
     failures: dict[str, tuple[int, list[int]]] = {}
     totals: dict[str, int] = {}
     for seed in range(first, first + count):
         try:
-            session = run_workload(seed, beams=beams)
+            session = run_workload(seed, beams=beams, drafts=drafts)
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             name = f"{type(error).__name__} {where.filename.rsplit('/')[-1]}:{where.lineno} {str(error)[:60]}"

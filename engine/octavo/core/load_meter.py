@@ -20,6 +20,10 @@ class Counters:
     """Prompt tokens looked up in the prefix cache."""
     cache_hits: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    """Guessed and computed."""
+    accepted_tokens: int = 0
+    """Of these, right ones."""
     steps: int = 0
 
 

@@ -40,9 +40,11 @@ class FrontendEvents:
 
 @dataclass(slots=True)
 class StepTokens:
-    """The columns of a step: entry i is the token of the step's row `rows[i]`."""
+    """The columns of a step: entry i is a token of the step's row `rows[i]`; those of a sequence are in order."""
 
     rows: Int32s
+    """Ascending; R + i is the i-th of the further tokens of the step's R rows."""
+    slots: Int32s
     frontends: Int32s
     keys: npt.NDArray[np.int64]
     token_ids: Int32s
@@ -100,6 +102,7 @@ class Events:
 def _select(tokens: StepTokens, mask: npt.NDArray[np.bool_]) -> StepTokens:
     return StepTokens(
         tokens.rows[mask],
+        tokens.slots[mask],
         tokens.frontends[mask],
         tokens.keys[mask],
         tokens.token_ids[mask],

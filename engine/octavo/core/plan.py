@@ -25,6 +25,8 @@ class Plan:
     """(slot, tokens) of requests that enter."""
     beams: list[tuple[int, int]] = field(default_factory=list)
     """(slot, tokens) of rows of beam searches."""
+    drafts: list[tuple[int, Int32s]] = field(default_factory=list)
+    """(slot, draft) of running slots with one token to compute, and a guess of what follows."""
     expired_groups: list[int] = field(default_factory=list)
     """Beam searches whose time is over with this step."""
     grown: list[tuple[int, int, list[int]]] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Plan:
         step.new_requests = self.new_requests
         step.block_copies = [(source, destination) for _, source, destination in self.copies]
         step.expired_groups = self.expired_groups
+        step.drafts = [draft for _, draft in self.drafts]
         if self.grown:
             step.block_slots = np.array([slot for slot, _, blocks in self.grown for _ in blocks], np.int32)
             columns = [first + i for _, first, blocks in self.grown for i in range(len(blocks))]

@@ -25,14 +25,16 @@ import numpy as np
 from octavo.config import CacheConfig, SchedulerConfig
 from octavo.core.beams import BeamScheduler
 from octavo.core.block_pool import BlockPool
+from octavo.core.drafts import Drafts
 from octavo.core.groups import PromptShares
 from octavo.core.guidance import follow, negative_branch
 from octavo.core.invariants import check_invariants
 from octavo.core.kv_cache_manager import KVCacheManager
 from octavo.core.load_meter import LoadMeter
-from octavo.core.outputs import Events, StepTokens, prompt_logprob_columns
+from octavo.core.outputs import Events, prompt_logprob_columns
 from octavo.core.plan import Plan
 from octavo.core.request import Group, Request, RequestStatus, is_guided
+from octavo.core.results import take_tokens
 from octavo.core.running_batch import RunningBatch
 from octavo.core.waiting_queue import Timers, WaitingQueue
 from octavo.errors import Reason
@@ -63,7 +65,10 @@ class Scheduler:
         num_blocks: int,
         max_model_len: int,
         needs_host: NeedsHost = lambda params, logprobs: False,
+        speculates: bool = True,
     ) -> None:
+        """`needs_host`: whose tokens the worker's host chooses. `speculates`: whether the worker can check drafts; if
+        not, none are made."""
         if config.max_num_batched_tokens < config.max_num_requests:
             raise ValueError(
                 f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least max_num_requests "
@@ -81,6 +86,7 @@ class Scheduler:
         self.batch = RunningBatch(config.max_num_requests, max_model_len)
         self.meter = LoadMeter()
         self._needs_host = needs_host
+        self.drafts = Drafts(self.batch, self.kv, config, enabled=speculates)
         self._beams = BeamScheduler(self.batch, self.kv, config.max_chunk_tokens, self._make_room)
         self._waiting = WaitingQueue()
         self._deadlines, self._queue_timeouts, self._time_limits = Timers(), Timers(), Timers()
@@ -184,6 +190,7 @@ class Scheduler:
     def _vacate(self, slot: int) -> None:
         self.kv.free(slot)
         self.batch.remove(slot)
+        self.drafts.remove(slot)
         self._freed_slots.append(slot)
 
     # --- clocks -------------------------------------------------------------------------------------------------------
@@ -227,7 +234,9 @@ class Scheduler:
         self._schedule_running(plan, now)
         if not plan.preempted:
             self._schedule_waiting(plan, now)
-        if not (len(plan.decode) or plan.prefill or plan.admitted or plan.beams):
+            if self.drafts:
+                self.drafts.add(plan)
+        if not (len(plan.decode) or plan.prefill or plan.admitted or plan.beams or plan.drafts):
             return None
         return self._launch(plan, now)
 
@@ -255,6 +264,8 @@ class Scheduler:
             order = order[~batch.is_beam[order]]
         if batch.num_needing_host:
             order = order[~batch.needs_host[order] | (batch.num_known[order] == batch.num_tokens[order])]
+        if self.drafts:
+            order = self.drafts.ready(order)
         computed = batch.num_computed[order]
         remaining = batch.num_tokens[order] - computed
         decodes = remaining == 1
@@ -360,6 +371,7 @@ class Scheduler:
         self._waiting.pop()
         slot = self.batch.add(request, num_cached)
         request.status = RequestStatus.RUNNING
+        self.drafts.admit(request)
         if fork:
             copies = self.kv.fork(slot, group.held_blocks, num_cached)
             assert copies is not None
@@ -452,15 +464,18 @@ class Scheduler:
         ]
         singles = set(single)
         several = plan.prefill + [(slot, count) for slot, count in listed if slot not in singles]
+        longer = several + [(slot, 1 + len(draft)) for slot, draft in plan.drafts]
         num_decode_rows = len(plan.decode) + len(single)
-        if single or several:
-            slots = np.concatenate([plan.decode, np.array(single + [slot for slot, _ in several], np.int32)])
+        if single or longer:
+            slots = np.concatenate([plan.decode, np.array(single + [slot for slot, _ in longer], np.int32)])
             scheduled = np.ones(len(slots), np.int32)
-            scheduled[num_decode_rows:] = [count for _, count in several]
+            scheduled[num_decode_rows:] = [count for _, count in longer]
         else:
             slots, scheduled = plan.decode, np.ones(len(plan.decode), np.int32)
         computed = batch.num_computed[slots]
         reached = computed + scheduled
+        if plan.drafts:
+            reached[-len(plan.drafts) :] = computed[-len(plan.drafts) :] + 1
         samples = reached == batch.num_tokens[slots]
         batch.num_computed[slots] = reached
         batch.num_tokens[slots] += samples & ~batch.is_beam[slots] if plan.beams else samples
@@ -474,6 +489,7 @@ class Scheduler:
         for slot, _ in plan.prefill + plan.admitted:
             self._share_prompt(batch.request_at(slot))
         self.meter.total.prompt_tokens += sum(count for _, count in several) + len(single)
+        self.meter.total.drafted_tokens += sum(len(draft) for _, draft in plan.drafts)
         self.meter.tick(now)
         return step
 
@@ -495,31 +511,21 @@ class Scheduler:
         for row, reason in output.failed:
             if batch.live[slots[row]]:
                 self._fail(batch.request_at(int(slots[row])), reason, forget=True)
-        rows = np.flatnonzero(step.samples & (output.token_ids >= 0) & batch.live[slots]).astype(np.int32)
-        tokens = self._append_tokens(step, output, rows, now)
-        follow(batch, slots[rows])
-        self._announce(slots[rows])
+        tokens = take_tokens(batch, step, output, now)
+        follow(batch, tokens.slots)
+        self._announce(tokens.slots)
         for values in output.prompt_logprobs:
             self._send_prompt_logprobs(batch.requests[int(slots[values.row])], values)
         self._index_full_blocks(step)
         for choice in output.beams:
             self._take_choice(choice)
-        for row in rows[tokens.finish != 0].tolist():
-            self._end_reported(batch.request_at(int(slots[row])))
+        for slot in tokens.slots[tokens.finish != 0].tolist():
+            self._end_reported(batch.request_at(slot))
         self._vacate_landed(slots)
-        self.meter.total.generation_tokens += len(rows)
+        self.meter.total.generation_tokens += len(tokens.slots)
+        if output.further is not None:
+            self.meter.total.accepted_tokens += len(output.further.rows)
         return self._events.take(step.step_id, tokens)
-
-    def _append_tokens(self, step: SchedulerOutput, output: ModelRunnerOutput, rows: Int32s, now: float) -> StepTokens:
-        batch, slots = self.batch, step.slots[rows]
-        token_ids, finish = output.token_ids[rows], output.finish[rows]
-        batch.token_ids[slots, batch.num_known[slots]] = token_ids
-        batch.num_known[slots] += 1
-        if finish.any():
-            finish[(finish == FinishReason.LENGTH) & batch.length_is_context[slots]] = FinishReason.CONTEXT
-        if batch.num_timed:
-            finish[(finish == 0) & (batch.end_time[slots] <= now)] = FinishReason.TIME
-        return StepTokens(rows, batch.frontend[slots], batch.key[slots], token_ids, finish, output.logprobs)
 
     def _take_choice(self, choice: BeamChoice) -> None:
         """A beam search goes on, or has ended."""
@@ -540,10 +546,12 @@ class Scheduler:
         if not self.pool.enable_prefix_caching:
             return
         slots = step.slots
-        reached = (step.num_computed + step.num_scheduled) // self.kv.block_size
-        for row in np.flatnonzero((reached > self.kv.num_indexed[slots]) & self.batch.live[slots]).tolist():
-            slot = int(slots[row])
-            computed = int(step.num_computed[row] + step.num_scheduled[row])
+        reached = step.num_computed + step.num_scheduled
+        if step.drafts:
+            reached[-len(step.drafts) :] = self.batch.num_known[slots[-len(step.drafts) :]] - 1
+        full = reached // self.kv.block_size
+        for row in np.flatnonzero((full > self.kv.num_indexed[slots]) & self.batch.live[slots]).tolist():
+            slot, computed = int(slots[row]), int(reached[row])
             request = self.batch.request_at(slot)
             if request.beams is not None:  # what follows the prompt is of one beam among several
                 computed = min(computed, len(request.group.prompt))
@@ -630,6 +638,8 @@ class Scheduler:
             generation_tokens=total.generation_tokens,
             prefix_cache_queries=total.cache_queries,
             prefix_cache_hits=total.cache_hits,
+            drafted_tokens=total.drafted_tokens,
+            accepted_tokens=total.accepted_tokens,
         )
 
     def check(self) -> None:

@@ -57,6 +57,8 @@ GLOBAL_DEFAULTS: Final = GenerationParams(
     renormalize_logits=False,
     guidance_scale=1.0,
     token_healing=False,
+    prompt_lookup_num_tokens=0,
+    max_matching_ngram_size=2,
 )
 """transformers 5.23's, for the fields that we support; lengths depend on the prompt and are resolved with it."""
 DEFAULT_NEW_TOKENS: Final = 20

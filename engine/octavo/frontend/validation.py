@@ -114,6 +114,8 @@ def param_ranges(limits: Limits, vocab_size: int) -> dict[str, Range]:
         "frequency_penalty": Range(-2, 2),
         "presence_penalty": Range(-2, 2),
         "bos_token_id": Range(0, vocab_size - 1, integer=True),
+        "prompt_lookup_num_tokens": Range(0, 32, integer=True),
+        "max_matching_ngram_size": Range(1, 16, integer=True),
     }
 
 

@@ -29,7 +29,7 @@ class HostSampler:
         self._states = states
         self._noise = noise
         self._beams = Beams(states, noise, checkpoint)
-        self._sampler = Sampler(states, noise)
+        self.sampler = Sampler(states, noise)
 
     def apply(self, step: SchedulerOutput, requests: Iterable[NewRequest]) -> None:
         """Brings what is kept by group up to the step's beginning. `requests`: the new ones to choose tokens for."""
@@ -80,7 +80,7 @@ class HostSampler:
         if states.is_negative[slots[rows]].any():
             kept, guided = guide(logits, slots[rows], states)
             logits, rows = logits[torch.from_numpy(kept).to(logits.device)], rows[kept]
-        chosen = self._sampler.sample(logits, slots[rows], guided)
+        chosen = self.sampler.sample(logits, slots[rows], guided)
         if chosen.failed:
             failed = [(int(rows[i]), reason) for i, reason in chosen.failed]
             states.fail(slots[[row for row, _ in failed]])

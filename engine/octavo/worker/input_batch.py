@@ -38,7 +38,8 @@ class InputBatch:
     num_decode_rows: int
     """Rows before this one have exactly one token."""
     logits_indices: Tensor
-    """int64 [S] flat index of the last token of each row that samples, ascending."""
+    """int64 [S] flat index of the last token of each row that samples, ascending; of one with a draft, of the token
+    before the draft."""
     query_start_loc_np: npt.NDArray[np.int32]
     seq_lens_np: npt.NDArray[np.int32]
     block_tables_np: npt.NDArray[np.int32]
@@ -86,7 +87,13 @@ class InputBatchBuilder:
         blocks = block_tables[rows, positions // block_size].astype(np.int64)
         input_ids = states.hist[slots[rows], positions].astype(np.int64)
         slot_mapping = blocks * block_size + positions % block_size
-        logits_indices = starts[1:][sampling_rows].astype(np.int64) - 1
+        ends = starts[1:]
+        if step.drafts:
+            ends = ends.copy()
+            for row, draft in enumerate(step.drafts, len(slots) - len(step.drafts)):
+                ends[row] -= len(draft)
+                input_ids[ends[row] : starts[row + 1]] = draft
+        logits_indices = ends[sampling_rows].astype(np.int64) - 1
         tensors = upload(
             [input_ids, positions.astype(np.int64), slot_mapping, logits_indices, starts, seq_lens, block_tables],
             self._device,

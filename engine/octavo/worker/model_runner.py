@@ -20,6 +20,7 @@ from octavo.worker.model_loader import load_model
 from octavo.worker.noise import Noise
 from octavo.worker.prompt_logprobs import add_prompt_logprobs
 from octavo.worker.request_states import RequestStates
+from octavo.worker.speculation import DraftChecker, draft_indices
 from octavo.worker.warm_up import WARM_UP_GROUP, warm_up
 
 
@@ -64,6 +65,7 @@ class ModelRunner:
         )
         noise = Noise(spec.vocab_size, loaded.device)
         self._host = HostSampler(self._states, noise, Path(config.model.path))
+        self._drafts = DraftChecker(self._states, self._host.sampler)
         self._batches = InputBatchBuilder(self._states, loaded.device)
         warm_up(self, spec, config.cache)
         self._states.free(0)
@@ -111,7 +113,13 @@ class ModelRunner:
             alive = states.finished[slots[rows]] == 0
             rows, indices = rows[alive], indices[torch.from_numpy(alive).to(indices.device)]
         if len(rows):
-            self._host.choose(self._model.logits(hidden[indices]), step, rows, output)
+            if step.drafts:
+                drafted = torch.from_numpy(draft_indices(step, rows, batch.query_start_loc_np)).to(indices.device)
+                indices = torch.cat([indices, drafted])
+            logits = self._model.logits(hidden[indices])
+            self._host.choose(logits[: len(rows)], step, rows, output)
+            if step.drafts:
+                self._drafts.check(logits[len(rows) :], step, rows, output)
         if any(reason is Reason.INTERNAL for _, reason in output.failed):
             self.check_device()  # if it is broken, no row is to blame
         return output
