@@ -107,7 +107,7 @@ class LogprobRows:
     """Values for the rows that asked, in columns. Rows may ask for different numbers, hence the offsets."""
 
     rows: Int32s
-    """[Q] indices into the step's rows, ascending."""
+    """[Q] indices into the step's rows."""
     chosen: Float32s
     """[Q]"""
     ranks: Int32s

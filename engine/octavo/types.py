@@ -374,10 +374,6 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: bool
     start_time: float
     """Seconds since the epoch."""
-    beam_search: bool = True
-    """Whether it can honour num_beams above 1."""
-    unsupported_params: list[str] = []
-    """Fields of GenerationParams that front-ends know and it cannot honour."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -85,12 +85,3 @@ def test_they_take_two_places_each() -> None:
         refused(request(*["x"] * 20, guidance_scale=2.0, do_sample=True, num_return_sequences=7)).reason
         is Reason.REQUEST_TOO_LARGE
     )
-
-
-def test_an_engine_that_cannot_do_it_says_so() -> None:
-    info = engine_info(unsupported_params=["guidance_scale", "structured_output"])
-    error = refused(request(guidance_scale=2.0), info)
-    assert error.reason is Reason.UNSUPPORTED_FIELD
-    assert [violation.field for violation in error.violations] == ["params.guidance_scale"]
-    process(request(guidance_scale=1.0), info)
-    process(request(), info)

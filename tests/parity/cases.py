@@ -50,6 +50,8 @@ class Case:
     `allowed_token_ids` as a prefix_allowed_tokens_fn."""
     eos: tuple[int, ...] = ()
     stop: tuple[int, ...] = ()
+    negative: tuple[int, ...] = ()
+    """The negative prompt of a guided case, for the engine only."""
 
 
 @dataclass

@@ -27,6 +27,7 @@ def engine_request(case: Case, key: int) -> EngineCoreRequest:
         max_total_tokens=len(case.prompt) + case.max_new_tokens,
         eos_token_ids=list(case.eos),
         stop_token_ids=list(case.stop),
+        negative_prompt_token_ids=np.array(case.negative, np.int32).tobytes(),
         seed=case.seed,
         arrival_time=time.monotonic(),
     )

@@ -13,6 +13,7 @@ from octavo.checkpoint import resolve
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from octavo.step import LogprobSpec, NewRequest, SchedulerOutput
 from octavo.types import EngineLoad, GenerationParams, LogprobKind, SequenceBias
+from octavo.worker.host_sampler import HostSampler
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.runner import load_runner
 from parity.cases import Answer, Case, random_cases, transformers_answers
@@ -102,7 +103,7 @@ def answers_of(device: str, path: Path, cases: list[Case], **fields: int | bool)
     config = config_of(device, path, **fields)
     runner = load_runner(config, lambda text: None)
     if isinstance(runner, ModelRunner):
-        runner._noise = runner._sampler._noise = PhiloxNoise()  # type: ignore[assignment]
+        runner._host = HostSampler(runner._states, PhiloxNoise(), path)
     return engine_answers(config, cases, order_seed=1, runner=runner)
 
 

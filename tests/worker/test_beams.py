@@ -83,7 +83,7 @@ def test_a_search_without_a_choice_fails_alone_and_stays_silent(runner):
 def test_a_search_whose_choice_raises_fails_alone(runner):
     requests = [*rows_of(0, SEARCH), *rows_of(1, SEARCH)]
     runner.submit(step([0, 1, 2, 3], 0, 4, new_requests=requests)).result()
-    runner._beams._searches[0].select = None  # type: ignore[method-assign]
+    runner._host._beams._searches[0].select = None  # type: ignore[method-assign]
     output = runner.submit(step([0, 1, 2, 3], 4, 1)).result()
     assert output.failed == [(0, Reason.INTERNAL), (1, Reason.INTERNAL)]
     assert [choice.slot for choice in output.beams] == [2]
@@ -111,7 +111,7 @@ def test_scores_outlive_a_preemption_and_go_with_the_group(runner):
         for row, token in zip(rows_of(0, SEARCH), first.token_ids.tolist(), strict=True)
     ]
     runner.submit(step([2, 3], 0, 4, new_requests=rows_of(1, SEARCH), freed_slots=[0, 1], released_groups=[0])).result()
-    assert len(runner._beams) == 1
+    assert len(runner._host._beams) == 1
     back = runner.submit(step([0, 1], 0, 5, new_requests=again, freed_slots=[2, 3])).result().beams[0]
     assert (back.parents.tolist(), back.token_ids.tolist()) == (whole.parents.tolist(), whole.token_ids.tolist())
 

@@ -179,9 +179,9 @@ def test_error_in_a_step_is_raised_with_its_result(runner):
 def test_random_streams_go_with_their_group(runner):
     params = GenerationParams(do_sample=True)
     runner.submit(step([(0, 0, 20, True)], new_requests=[new_request(0, params=params)])).result()
-    assert len(runner._noise) == 1
+    assert len(runner._host._noise) == 1
     runner.submit(step([(1, 0, 20, True)], freed_slots=[0], released_groups=[0], new_requests=[new_request(1)]))
-    assert len(runner._noise) == 0
+    assert len(runner._host._noise) == 0
 
 
 def test_info_describes_what_was_loaded(runner):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -37,14 +37,33 @@ from octavo.core.running_batch import RunningBatch
 from octavo.core.waiting_queue import Timers, WaitingQueue
 from octavo.errors import Reason
 from octavo.ipc import EngineCoreOutputs, EngineCoreRequest, PromptStarted
-from octavo.step import BeamChoice, Int32s, ModelRunnerOutput, NewRequest, PromptLogprobs, SchedulerOutput
-from octavo.types import EngineLoad, FinishReason
+from octavo.step import (
+    BeamChoice,
+    Int32s,
+    LogprobSpec,
+    ModelRunnerOutput,
+    NewRequest,
+    PromptLogprobs,
+    SchedulerOutput,
+)
+from octavo.types import EngineLoad, FinishReason, GenerationParams
+
+NeedsHost = Callable[[GenerationParams, LogprobSpec | None], bool]
+"""Whether a request with these is not scheduled while a token of it is in flight."""
 
 
 class Scheduler:
     """Owns all requests of an engine core, their slots and their blocks."""
 
-    def __init__(self, config: SchedulerConfig, cache: CacheConfig, *, num_blocks: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        needs_host: NeedsHost = lambda params, logprobs: False,
+    ) -> None:
         if config.max_num_batched_tokens < config.max_num_requests:
             raise ValueError(
                 f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least max_num_requests "
@@ -61,6 +80,7 @@ class Scheduler:
         )
         self.batch = RunningBatch(config.max_num_requests, max_model_len)
         self.meter = LoadMeter()
+        self._needs_host = needs_host
         self._beams = BeamScheduler(self.batch, self.kv, config.max_chunk_tokens, self._make_room)
         self._waiting = WaitingQueue()
         self._deadlines, self._queue_timeouts, self._time_limits = Timers(), Timers(), Timers()
@@ -233,6 +253,8 @@ class Scheduler:
         order = order[batch.num_tokens[order] < batch.max_total[order]]  # else its last token is in flight
         if self._beams:
             order = order[~batch.is_beam[order]]
+        if batch.num_needing_host:
+            order = order[~batch.needs_host[order] | (batch.num_known[order] == batch.num_tokens[order])]
         computed = batch.num_computed[order]
         remaining = batch.num_tokens[order] - computed
         decodes = remaining == 1
@@ -346,6 +368,8 @@ class Scheduler:
             self.kv.admit(slot, shared)
         if request.spec.bypass_prefix_cache:
             self.kv.never_index(slot)
+        if self._needs_host(request.spec.params, request.spec.logprobs):
+            self.batch.wait_for_host(slot)
         missing = request.num_tokens - num_cached
         count = min(missing, plan.budget, self.config.max_chunk_tokens or missing)
         blocks = self.kv.allocate_slots(slot, request.num_tokens)  # of all chunks, so that none is promised twice

@@ -23,8 +23,8 @@ from octavo.ipc import (
     ToCore,
     ToFrontend,
 )
-from octavo.step import ModelRunnerOutput, SchedulerOutput
-from octavo.types import EngineInfo
+from octavo.step import LogprobSpec, ModelRunnerOutput, SchedulerOutput
+from octavo.types import EngineInfo, GenerationParams
 
 LOAD_INTERVAL = 0.1
 """Seconds between load reports."""
@@ -51,6 +51,10 @@ class Runner(Protocol):
 
     def submit(self, step: SchedulerOutput) -> PendingStep: ...
 
+    def needs_host(self, params: GenerationParams, logprobs: LogprobSpec | None) -> bool:
+        """Whether a request's next step cannot be submitted before its last one's result was taken."""
+        ...
+
     def check_device(self) -> None:
         """After a failed step: raises if the device can compute no more."""
         ...
@@ -76,6 +80,7 @@ class EngineCore:
             config.cache,
             num_blocks=self.info.num_blocks,
             max_model_len=self.info.max_model_len,
+            needs_host=runner.needs_host,
         )
         self.frontends: dict[int, None] = {}
         """Front-ends that get load reports: those that were heard of and are not gone."""

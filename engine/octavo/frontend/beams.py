@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from octavo.errors import FieldViolation, Reason, RequestError
+from octavo.errors import Reason, RequestError
 from octavo.frontend.guidance import is_guided
 from octavo.frontend.validation import Violations
 from octavo.types import EarlyStopping, EngineInfo, GenerationParams, OutputOptions
@@ -46,15 +46,8 @@ def check_beams(
 
 
 def check_engine_can_search(params: GenerationParams, lengths: list[tuple[int, int]], info: EngineInfo) -> None:
-    """`lengths`: prompt and total of each prompt. Raises RequestError: UNSUPPORTED_FIELD, REQUEST_TOO_LARGE."""
+    """`lengths`: prompt and total of each prompt. Raises RequestError: REQUEST_TOO_LARGE."""
     beams = params.num_beams or 1
-    if not info.beam_search:
-        why = f"above 1 is not implemented yet on {info.device}, only on the CPU"
-        raise RequestError(
-            Reason.UNSUPPORTED_FIELD,
-            f"params.num_beams: {why}",
-            violations=[FieldViolation("params.num_beams", why)],
-        )
     if beams > info.max_num_requests:
         raise RequestError(
             Reason.REQUEST_TOO_LARGE,

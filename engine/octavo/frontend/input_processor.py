@@ -18,7 +18,7 @@ import numpy as np
 from octavo.config import Limits
 from octavo.errors import Reason, RequestError
 from octavo.frontend.beams import check_engine_can_search, is_beam_search
-from octavo.frontend.defaults import GLOBAL_DEFAULTS, complete, resolve_output, resolve_params, resolve_prompt_options
+from octavo.frontend.defaults import complete, resolve_output, resolve_params, resolve_prompt_options
 from octavo.frontend.guidance import check_branches, check_engine_can_guide, is_guided
 from octavo.frontend.healing import Healing, TokenHealer
 from octavo.frontend.lengths import Context, LengthProblems, Lengths, resolve_lengths, truncate
@@ -142,7 +142,6 @@ class InputProcessor:
         if negatives is not None:
             check_branches(prompts, lengths, negatives, self._context)
         if info is not None:
-            _check_params_of_engine(checked.params, info)
             self._check_fits_cache(lengths, info)
             if negatives is not None:
                 check_engine_can_guide(prompts, lengths, negatives, info)
@@ -373,12 +372,3 @@ class InputProcessor:
             prompt_options=checked.prompt_options,
             cache=CacheOptions(bypass_prefix_cache=bool(cache.bypass_prefix_cache), cache_salt=cache.cache_salt),
         )
-
-
-def _check_params_of_engine(params: GenerationParams, info: EngineInfo) -> None:
-    """Raises RequestError (UNSUPPORTED_FIELD)."""
-    violations = Violations()
-    for name in info.unsupported_params:
-        if getattr(params, name) not in (None, getattr(GLOBAL_DEFAULTS, name)):
-            violations.add_unsupported(f"params.{name}", f"not implemented yet on {info.device}, only on the CPU")
-    violations.raise_if_any()

@@ -25,6 +25,9 @@ from octavo.types import EarlyStopping, FinishReason
 UNREACHABLE: Final = -1.0e9
 """Added to a score to take it out of a top-k, where others would use -inf."""
 
+Race = Callable[[int], Tensor]
+"""float32 [1, k * V] Exp(1) numbers of a step, which counts the tokens chosen before."""
+
 StopFinder = Callable[[Int32s, int], bool]
 """Whether a history (int32 [L], prompt included) with this token after it has just hit a stop string."""
 
@@ -76,12 +79,13 @@ class Selection:
 class BeamSearch:
     """State of one search: scores of the rows, and the pool. Survives a preemption."""
 
-    def __init__(self, params: BeamParams, seed: int, find_stop: StopFinder | None = None) -> None:
+    def __init__(self, params: BeamParams, race: Race | None = None, find_stop: StopFinder | None = None) -> None:
+        """`race`: for a search that samples."""
         k = params.num_beams
         self.params = params
         self._running = torch.tensor([0.0] + [UNREACHABLE] * (k - 1))  # [k] fp32; at first only row 0 counts
         self._pool = [_PoolEntry(UNREACHABLE, None)] * k  # best first
-        self._generator = torch.Generator().manual_seed(seed) if params.do_sample else None
+        self._race = race
         self._find_stop = find_stop
 
     def accumulated(self, scores: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ class BeamSearch:
             out_of_time: every candidate ends here.
         """
         vocab_size = flat.shape[1] // self.params.num_beams
-        scores, index = self._candidates(flat)
+        scores, index = self._candidates(flat, histories.shape[1] - self.params.prompt_len)
         parents, tokens = np.divmod(index.numpy().astype(np.int32), np.int32(vocab_size))
         finish = [
             self._finish_of(histories[parent], token, out_of_time)
@@ -115,12 +119,14 @@ class BeamSearch:
         done = self._is_over(output_len, all_ended=bool(ended.all()))
         return Selection(parents[order], tokens[order], self._found() if done else None)
 
-    def _candidates(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+    def _candidates(self, flat: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """C of the k * V continuations, [C] each; sampled ones stay in the order in which they were drawn."""
-        if self._generator is None:
+        if not self.params.do_sample:
             best = torch.topk(flat, self.params.num_candidates)
             return best.values[0], best.indices[0]
-        index = torch.multinomial(flat.softmax(-1), self.params.num_candidates, generator=self._generator)
+        assert self._race is not None
+        # torch.multinomial without replacement is this (pytorch/pytorch aten/src/ATen/native/Distributions.cpp).
+        index = torch.topk(flat.softmax(-1) / self._race(step), self.params.num_candidates).indices
         return flat.gather(1, index)[0], index[0]
 
     def _finish_of(self, history: Int32s, token: int, out_of_time: bool) -> FinishReason:

@@ -20,9 +20,10 @@ from octavo.errors import Reason
 from octavo.step import BeamChoice, Bools, Int32s, ModelRunnerOutput, NewRequest
 from octavo.tokenizer import Tokenizer
 from octavo.types import EarlyStopping, GenerationParams
-from octavo.worker.beam_search import BeamParams, BeamSearch, StopFinder, contains_stop
+from octavo.worker.beam_search import BeamParams, BeamSearch, Race, StopFinder, contains_stop
 from octavo.worker.features import FILTERS, PROCESSORS, WATERMARK, Feature
 from octavo.worker.logits import process_logits
+from octavo.worker.noise import RandomNumbers
 from octavo.worker.request_states import Int64s, RequestStates
 from octavo.worker.warpers import keep_interval, ranked_interval, scale
 from octavo.worker.watermark import watermarked
@@ -33,8 +34,9 @@ log = logging.getLogger(__name__)
 class Beams:
     """Owns the state of every search, by group id, from its first admission until its group is released."""
 
-    def __init__(self, states: RequestStates, checkpoint: Path) -> None:
+    def __init__(self, states: RequestStates, noise: RandomNumbers, checkpoint: Path) -> None:
         self._states = states
+        self._noise = noise
         self._checkpoint = checkpoint
         self._searches: dict[int, BeamSearch] = {}
         self._token_bytes: list[bytes] | None = None
@@ -47,7 +49,7 @@ class Beams:
         """Starts the search of a new request; does nothing if it is open (it came back after a preemption)."""
         if request.group_id not in self._searches:
             find_stop = self._stop_finder(request) if request.params.stop_strings else None
-            self._searches[request.group_id] = BeamSearch(_params_of(request), request.seed, find_stop)
+            self._searches[request.group_id] = BeamSearch(_params_of(request), self._race(request), find_stop)
 
     def close(self, group_id: int) -> None:
         self._searches.pop(group_id, None)
@@ -122,6 +124,16 @@ class Beams:
         if features[0] & FILTERS:
             scores = keep_interval(scores, *ranked_interval(scores, slots, features, params, min_keep))
         return scores
+
+    def _race(self, request: NewRequest) -> Race:
+        """One draw from all continuations of all rows: the rows' numbers, one after another."""
+        group_id, num_rows = request.group_id, request.num_rows
+
+        def race(step: int) -> Tensor:
+            rows = [self._noise.exponentials(group_id, row, step) for row in range(num_rows)]
+            return torch.cat(rows)[None]
+
+        return race
 
     def _stop_finder(self, request: NewRequest) -> StopFinder:
         """As StopStringCriteria: on bytes, a match ends inside the newest token and may begin in the prompt."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from octavo.step import Bools, Int32s, LogprobRows
 from octavo.worker.request_states import RequestStates
 
+ReadLogprobs = Callable[[Sequence[int]], LogprobRows | None]
+
 
 def copy_to_host(tensor: Tensor) -> Tensor:
     """A copy in pinned memory, complete when the stream has come this far; on the CPU a plain copy."""
@@ -19,9 +21,7 @@ def copy_to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def logprob_rows(
-    buffers: LogprobBuffers, states: RequestStates, slots: Int32s, wants: Bools
-) -> Callable[[Sequence[int]], LogprobRows | None]:
+def logprob_rows(buffers: LogprobBuffers, states: RequestStates, slots: Int32s, wants: Bools) -> ReadLogprobs:
     """Starts the copy of a step's values. slots: [S] of its sampling rows; wants: [S] which of them asked.
 
     Returns what to call when the copy is complete, with the rows that chose a token, ascending: their values, by row.

@@ -3,12 +3,14 @@
 A step is one copy to the device (what changed, and which rows run), kernel launches, and a small record per row back.
 Tokens, lengths and finished flags stay on the device and feed the next step; the host keeps a mirror of them in
 `RequestStates`, one step late, for what only it does. Random numbers are a function of seed, step
-and token (`octavo_kernels.philox`).
+and token (`octavo_kernels.philox`). Of requests that the fused sampler does not serve the host chooses the tokens, see
+`host_rows`; a step without them does nothing more for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,12 +25,17 @@ from torch import Tensor
 
 from octavo.config import EngineConfig
 from octavo.errors import Reason
-from octavo.step import Int32s, LogprobRows, ModelRunnerOutput, SchedulerOutput
-from octavo.worker.device_logprobs import copy_to_host, logprob_rows
+from octavo.step import Int32s, LogprobSpec, ModelRunnerOutput, SchedulerOutput
+from octavo.types import GenerationParams
+from octavo.worker.constraints import Constraints
+from octavo.worker.device_logprobs import ReadLogprobs, copy_to_host, logprob_rows
 from octavo.worker.device_states import DeviceStates
 from octavo.worker.gpt2_triton import DeviceBatch, TritonGPT2
+from octavo.worker.host_rows import HostRows, needs_host
+from octavo.worker.host_sampler import HostSampler
 from octavo.worker.input_batch import Ints, num_leading_ones, upload
 from octavo.worker.model_loader import load_model
+from octavo.worker.philox_noise import PhiloxNoise
 from octavo.worker.prompt_logprobs import add_prompt_logprobs
 from octavo.worker.request_states import Int64s, RequestStates
 from octavo.worker.warm_up import warm_up
@@ -45,6 +52,10 @@ HISTORY = (
 )
 """What `apply_history` is launched for."""
 FAILURES = {Finish.NON_FINITE_LOGITS: Reason.NON_FINITE_LOGITS, Finish.NON_FINITE_SCORES: Reason.NON_FINITE_SCORES}
+
+
+Read = Callable[[ModelRunnerOutput], None]
+"""Adds what a launched step gave, once the device has come that far."""
 
 
 class LaunchedStep:
@@ -76,7 +87,8 @@ class DeviceRunner:
         self._model.reserve(rows)
         self._kv_cache = loaded.kv_cache
         self.num_blocks = loaded.num_blocks
-        self._states = RequestStates(*shape)
+        path = Path(config.model.path)
+        self._states = RequestStates(*shape, Constraints(path, spec.vocab_size))
         self._device_states = DeviceStates(*shape, device)
         self._inputs = StepInputs.allocate(
             config.scheduler.max_num_batched_tokens, rows, self._states.block_table.shape[1], device
@@ -87,6 +99,8 @@ class DeviceRunner:
         self._num_threads = THREADS_PER_SM * (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED_SMS
         )
+        sampler = HostSampler(self._states, PhiloxNoise(spec.vocab_size, self._num_threads), path)
+        self._host_rows = HostRows(self._states, self._device_states, sampler)
         warm_up(self, spec, config.cache)
         self._states.free(0)
         self.info = loaded.info()
@@ -94,7 +108,10 @@ class DeviceRunner:
     def submit(self, step: SchedulerOutput) -> LaunchedStep:
         """Launches a step; steps take effect in the order of the calls. What goes wrong is raised by its result."""
         self._states.apply(step)
-        self._device_states.stage(step)
+        self._host_rows.apply(step)
+        self._device_states.stage(step, self._host_rows.mask)
+        if self._host_rows:
+            self._host_rows.stage(step)
         try:
             return LaunchedStep(self._launch(step))
         except Exception as error:
@@ -104,6 +121,10 @@ class DeviceRunner:
     def progress(self) -> int:
         """Layers launched."""
         return self._model.num_layers_computed
+
+    def needs_host(self, params: GenerationParams, logprobs: LogprobSpec | None) -> bool:
+        """Whether a request's tokens have to be back before it is scheduled again."""
+        return needs_host(params, logprobs)
 
     def check_device(self) -> None:
         """After a failed step: raises if the device can compute no more, as a CUDA context after an illegal access."""
@@ -118,6 +139,8 @@ class DeviceRunner:
     def _launch(self, step: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         states, slots = self._states, step.slots
         rows = np.flatnonzero(step.samples & (states.finished[slots] == 0))
+        if self._host_rows:
+            rows = self._host_rows.behind(rows, slots)
         starts = np.zeros(len(slots) + 1, np.int32)
         np.cumsum(step.num_scheduled, out=starts[1:])
         batch, indices, sample_slots = self._prepare(step, rows, starts)
@@ -132,12 +155,28 @@ class DeviceRunner:
             rows, indices, sample_slots = rows[alive], indices[kept], sample_slots[kept]
         if len(rows) == 0:
             return lambda: output
-        self._sample(self._model.logits(hidden[indices]), sample_slots, slots[rows])
-        record = copy_to_host(self._results[: len(rows)])
-        wants = states.sampling.features[slots[rows]] & Feature.LOGPROBS != 0
-        values = logprob_rows(self._logprobs, states, slots[rows], wants) if wants.any() else None
+        reads = self._choose(self._model.logits(hidden[indices]), sample_slots, step, rows)
         event = self._recorded_event()
-        return lambda: self._finish(slots, rows, record, event, values, output)
+
+        def finish() -> ModelRunnerOutput:
+            if event is not None:
+                event.synchronize()
+            for read in reads:
+                read(output)
+            return output
+
+        return finish
+
+    def _choose(self, logits: Tensor, sample_slots: Tensor, step: SchedulerOutput, rows: Int64s) -> list[Read]:
+        """Chooses for rows [S] of a step, those of the host last, or starts what it takes."""
+        num_on_host = int(self._host_rows.mask[step.slots[rows]].sum()) if self._host_rows else 0
+        split, reads = len(rows) - num_on_host, []
+        if split:
+            reads.append(self._sample(logits[:split], sample_slots[:split], step.slots, rows[:split]))
+        if num_on_host:
+            own = logits[split:, : self._states.vocab_size]  # the device pads the vocabulary
+            reads.append(self._host_rows.fetch(own, step, rows[split:]))
+        return reads
 
     def _prepare(self, step: SchedulerOutput, rows: Int64s, starts: Int32s) -> tuple[DeviceBatch, Tensor, Tensor]:
         """Writes the step's diff to the state and lays out its tokens.
@@ -189,16 +228,21 @@ class DeviceRunner:
         )
         return batch, indices, sample_slots
 
-    def _sample(self, logits: Tensor, row_slots: Tensor, slots: Int32s) -> None:
-        """Chooses a token for each row and advances its state; what was chosen is in `_results`."""
-        used = int(np.bitwise_or.reduce(self._states.sampling.features[slots]))
+    def _sample(self, logits: Tensor, row_slots: Tensor, slots: Int32s, rows: Int64s) -> Read:
+        """Chooses a token for each of a step's rows [S] and advances its state; what was chosen comes to the host."""
+        features = self._states.sampling.features[slots[rows]]
+        used = int(np.bitwise_or.reduce(features))
         state, reciprocal = self._device_states.state, self._device.type == "cuda"
-        results = self._results[: len(slots)]
+        results = self._results[: len(rows)]
         if used & HISTORY:
             apply_history(logits, state, row_slots, self._workspace, reciprocal=reciprocal)
         sample(logits, state, row_slots, self._workspace, results, reciprocal=reciprocal, num_threads=self._num_threads)
+        values = None
         if used & Feature.LOGPROBS:
             gather_logprobs(logits, state, row_slots, self._workspace, results, self._logprobs)
+            values = logprob_rows(self._logprobs, self._states, slots[rows], features & Feature.LOGPROBS != 0)
+        record = copy_to_host(results)
+        return lambda output: self._read(slots, rows, record, values, output)
 
     def _recorded_event(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
@@ -207,18 +251,10 @@ class DeviceRunner:
         event.record()
         return event
 
-    def _finish(
-        self,
-        slots: Int32s,
-        rows: Int64s,
-        record: Tensor,
-        event: torch.cuda.Event | None,
-        values: Callable[[Sequence[int]], LogprobRows | None] | None,
-        output: ModelRunnerOutput,
-    ) -> ModelRunnerOutput:
-        """Reads a step's record and brings the mirror up to it."""
-        if event is not None:
-            event.synchronize()
+    def _read(
+        self, slots: Int32s, rows: Int64s, record: Tensor, values: ReadLogprobs | None, output: ModelRunnerOutput
+    ) -> None:
+        """Reads what was sampled and brings the mirror up to it."""
         states = self._states
         token_ids, finish = record[:, 0].numpy(), record[:, 1].numpy()
         failed = [(int(rows[i]), FAILURES[Finish(int(finish[i]))]) for i in np.flatnonzero(finish >= min(FAILURES))]
@@ -234,7 +270,6 @@ class DeviceRunner:
         alive = rows[chosen]
         output.finish[alive] = states.append(slots[alive], token_ids[chosen])
         assert (output.finish[alive] == finish[chosen]).all(), "host and device disagree about who has finished"
-        return output
 
 
 def _raising(error: Exception) -> Callable[[], ModelRunnerOutput]:

@@ -15,7 +15,7 @@ from octavo_kernels import state as device
 from octavo_kernels.state import NUM_PARAMS, Bitmap, Feature, Param, SlotState
 from torch import Tensor
 
-from octavo.step import Int32s, NewRequest, SchedulerOutput
+from octavo.step import Bools, Int32s, NewRequest, SchedulerOutput
 from octavo.types import LogprobKind
 from octavo.worker.features import features_of
 from octavo.worker.logits import begin_length
@@ -47,14 +47,29 @@ class DeviceStates:
         self._offsets: list[Int64s] = []
         self._values: list[Int32s] = []
 
-    def stage(self, step: SchedulerOutput) -> None:
-        """Collects what a step changes, in its order."""
+    def stage(self, step: SchedulerOutput, on_host: Bools) -> None:
+        """Collects what a step changes, in its order. on_host: [S + 1] slots whose tokens the host chooses: the device
+        knows of their parameters nothing."""
         for request in step.new_requests:
             self._admit(request)
+            if not on_host[request.slot]:
+                self._write_sampling(request)
         if len(step.block_slots):
             table = self._base["block_table"] + step.block_slots.astype(np.int64) * self._width["block_table"]
             self._offsets.append(table + step.block_columns)
             self._values.append(step.block_ids.astype(np.int32))
+
+    def stage_tokens(self, slot: int, start: int, token_ids: Int32s) -> None:
+        """The slot's history is these tokens from `start` on."""
+        self._write("hist", slot, token_ids, start)
+        self._write("length", slot, [start + len(token_ids)])
+
+    def stage_table(self, slot: int, block_ids: Int32s) -> None:
+        """int32 [B]"""
+        self._write("block_table", slot, block_ids)
+
+    def stage_num_computed(self, slots: Int32s, counts: Int32s) -> None:
+        self._put(self._base["num_computed"] + slots.astype(np.int64), counts)
 
     def take(self) -> tuple[Int32s, Int32s]:
         """(offsets, values) of the words to write, no word twice; nothing stays collected."""
@@ -67,16 +82,18 @@ class DeviceStates:
         return offsets[last].astype(np.int32), values[last]
 
     def _admit(self, request: NewRequest) -> None:
-        slot, length = request.slot, len(request.token_ids)
-        uses = features_of(request)
-        self._write("length", slot, [length])
+        slot = request.slot
+        self._write("length", slot, [len(request.token_ids)])
         self._write("num_computed", slot, [request.num_computed_tokens])
         self._write("finished", slot, [0])
         table = np.zeros(self._width["block_table"], np.int32)
         table[: len(request.block_ids)] = request.block_ids
         self._write("block_table", slot, table)
         self._write("hist", slot, request.token_ids)
-        lists = lists_of(request)
+
+    def _write_sampling(self, request: NewRequest) -> None:
+        """What the fused sampler needs of a request."""
+        slot, uses, lists = request.slot, features_of(request), lists_of(request)
         self._write("params", slot, self._params(request, uses, lists))
         self._write_bitmaps(request, uses, lists)
         if uses & Feature.OUTPUT_PENALTY:
@@ -195,11 +212,12 @@ class DeviceStates:
         words: int = self._base["bitmaps"] + slot * self._width["bitmaps"] + bitmap * int(self.state.bitmaps.shape[2])
         return words
 
-    def _write(self, part: str, slot: int, values: npt.ArrayLike) -> None:
-        """The first words of a slot's row of a part of the state."""
+    def _write(self, part: str, slot: int, values: npt.ArrayLike, first: int = 0) -> None:
+        """Words from `first` on of a slot's row of a part of the state."""
         words = np.asarray(values, np.int32)
-        assert len(words) <= self._width[part], f"{part}: {len(words)} words, room for {self._width[part]}"
-        start = self._base[part] + slot * self._width[part]
+        end = first + len(words)
+        assert end <= self._width[part], f"{part}: {end} words, room for {self._width[part]}"
+        start = self._base[part] + slot * self._width[part] + first
         self._put(np.arange(start, start + len(words)), words)
 
     def _put(self, offsets: Int64s, values: Int32s) -> None:

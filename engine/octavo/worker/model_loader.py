@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from octavo.worker.gpt2 import GPT2
 from octavo.worker.kv_cache import KVCache, num_blocks_that_fit
 from octavo.worker.memory import FrugalWeights, give_back_heap
 from octavo.worker.weights import load_weights
-
-CPU_ONLY_PARAMS: Final = ("guidance_scale", "watermarking_config", "structured_output")
-"""What the kernels' runner does not know yet."""
 
 
 class Model(Protocol):
@@ -82,8 +79,6 @@ class LoadedModel:
             max_model_len=_max_model_len(config, self.spec),
             batch_invariant=config.model.batch_invariant,
             start_time=time.time(),
-            beam_search=isinstance(self.model, GPT2),
-            unsupported_params=[] if isinstance(self.model, GPT2) else list(CPU_ONLY_PARAMS),
         )
 
 

@@ -7,22 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from octavo.config import EngineConfig
 from octavo.errors import Reason
-from octavo.step import Int32s, ModelRunnerOutput, SchedulerOutput
-from octavo.worker.beams import Beams, is_beam_search
+from octavo.step import LogprobSpec, ModelRunnerOutput, SchedulerOutput
+from octavo.types import GenerationParams
 from octavo.worker.constraints import Constraints
 from octavo.worker.gpt2 import GPT2
-from octavo.worker.guidance import guide
+from octavo.worker.host_sampler import HostSampler
 from octavo.worker.input_batch import InputBatchBuilder
 from octavo.worker.model_loader import load_model
 from octavo.worker.noise import Noise
 from octavo.worker.prompt_logprobs import add_prompt_logprobs
-from octavo.worker.request_states import Int64s, RequestStates
-from octavo.worker.sampler import Sampler
-from octavo.worker.warm_up import warm_up
+from octavo.worker.request_states import RequestStates
+from octavo.worker.warm_up import WARM_UP_GROUP, warm_up
 
 
 class PendingStep:
@@ -64,34 +62,28 @@ class ModelRunner:
             spec.vocab_size,
             Constraints(Path(config.model.path), spec.vocab_size),
         )
-        self._beams = Beams(self._states, Path(config.model.path))
-        self._noise = Noise(spec.vocab_size, loaded.device)
-        self._sampler = Sampler(self._states, self._noise)
+        noise = Noise(spec.vocab_size, loaded.device)
+        self._host = HostSampler(self._states, noise, Path(config.model.path))
         self._batches = InputBatchBuilder(self._states, loaded.device)
         warm_up(self, spec, config.cache)
         self._states.free(0)
-        self._noise.close(-1)
+        self._host.release(WARM_UP_GROUP)
         self.info = loaded.info()
 
     def submit(self, step: SchedulerOutput) -> PendingStep:
         """Launches a step; steps take effect in the order of the calls."""
         self._states.apply(step)
-        for group_id in step.released_groups:
-            self._noise.close(group_id)
-            self._beams.close(group_id)
-        for group_id, row in step.ended_rows:
-            self._noise.row_ended(group_id, row)
-        for request in step.new_requests:
-            if is_beam_search(request.params):
-                self._beams.open(request)
-            elif request.params.do_sample:
-                self._noise.open(request.group_id, request.seed, request.num_rows)
+        self._host.apply(step, step.new_requests)
         return PendingStep(lambda: self._compute(step))
 
     @property
     def progress(self) -> int:
         """Layers computed: grows while a step is computed."""
         return self._model.num_layers_computed
+
+    def needs_host(self, params: GenerationParams, logprobs: LogprobSpec | None) -> bool:
+        """Launching is computing: every token is there when the next step is scheduled."""
+        return False
 
     def check_device(self) -> None:
         """After a failed step: raises if the device can compute no more, as a CUDA context after an illegal access."""
@@ -119,39 +111,7 @@ class ModelRunner:
             alive = states.finished[slots[rows]] == 0
             rows, indices = rows[alive], indices[torch.from_numpy(alive).to(indices.device)]
         if len(rows):
-            logits = self._model.logits(hidden[indices])
-            if self._beams:
-                logits, rows = self._advance_beams(logits, step, rows, output)
-            if len(rows):
-                self._choose(logits, slots, rows, output)
+            self._host.choose(self._model.logits(hidden[indices]), step, rows, output)
         if any(reason is Reason.INTERNAL for _, reason in output.failed):
             self.check_device()  # if it is broken, no row is to blame
         return output
-
-    def _advance_beams(
-        self, logits: Tensor, step: SchedulerOutput, rows: Int64s, output: ModelRunnerOutput
-    ) -> tuple[Tensor, Int64s]:
-        """Takes the step of every beam search; the logits and rows of the others."""
-        of_searches = self._beams.of_searches(step.slots[rows])
-        mask = torch.from_numpy(of_searches).to(logits.device)
-        own = rows[of_searches]
-        self._beams.choose(logits[mask], step.slots[own], own, step.expired_groups, output)
-        return logits[~mask], rows[~of_searches]
-
-    def _choose(self, logits: Tensor, slots: Int32s, rows: Int64s, output: ModelRunnerOutput) -> None:
-        """Samples the rows [S] of a step and appends the tokens to their requests."""
-        states, guided = self._states, None
-        if states.is_negative[slots[rows]].any():
-            kept, guided = guide(logits, slots[rows], states)
-            logits, rows = logits[torch.from_numpy(kept).to(logits.device)], rows[kept]
-        chosen = self._sampler.sample(logits, slots[rows], guided)
-        if chosen.failed:
-            failed = [(int(rows[i]), reason) for i, reason in chosen.failed]
-            states.fail(slots[[row for row, _ in failed]])
-            output.failed += failed
-        if chosen.logprobs is not None:
-            chosen.logprobs.rows = rows[chosen.logprobs.rows].astype(np.int32)
-            output.logprobs = chosen.logprobs
-        output.token_ids[rows] = chosen.token_ids
-        alive = rows[chosen.token_ids >= 0] if chosen.failed else rows
-        output.finish[alive] = states.append(slots[alive], output.token_ids[alive])

@@ -8,12 +8,25 @@ so the numbers of step t and row r are a function of (seed, n, t, r): they depen
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 LOW_53_BITS = 2**53 - 1
 KEPT_FILLS = 2
+
+
+class RandomNumbers(Protocol):
+    """What the host's choices need of random numbers, by group."""
+
+    def open(self, group_id: int, seed: int, num_rows: int) -> None: ...
+
+    def close(self, group_id: int) -> None: ...
+
+    def row_ended(self, group_id: int, row: int) -> None: ...
+
+    def exponentials(self, group_id: int, row: int, step: int, token_ids: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(slots=True)

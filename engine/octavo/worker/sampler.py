@@ -23,7 +23,7 @@ from octavo.worker.features import FILTERS, PROCESSORS, RANKED, WATERMARK, Featu
 from octavo.worker.guidance import Guided
 from octavo.worker.logits import process_logits
 from octavo.worker.logprobs import RAW, gather_logprobs, join_logprob_rows
-from octavo.worker.noise import Noise
+from octavo.worker.noise import RandomNumbers
 from octavo.worker.request_states import WHOLE_VOCABULARY, WINDOWS, Float32s, Int64s, RequestStates
 from octavo.worker.warpers import filter_scores, keep_interval, largest, ranked_interval, scale, spills
 from octavo.worker.watermark import watermarked
@@ -45,7 +45,7 @@ class SamplerOutput:
 class Sampler:
     """Stateless but for the random streams; reads parameters and histories from the RequestStates of the runner."""
 
-    def __init__(self, states: RequestStates, noise: Noise) -> None:
+    def __init__(self, states: RequestStates, noise: RandomNumbers) -> None:
         self._states = states
         self._noise = noise
 
