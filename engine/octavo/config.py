@@ -19,6 +19,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """"auto" (the checkpoint's; float16 and bfloat16 become bfloat16 on the CPU), "float32", "bfloat16", "float16"."""
     quantization: str | None = None
     """None or "int8": dynamic int8 linears, CPU only."""
+    cuda_graphs: bool = True
+    """On a GPU, capture the launches of common steps at start and replay them."""
     batch_invariant: bool = False
     """The same bits for a request whatever else is in the batch, at the price of slower linear layers. Not on the CPU
     path, whose fp32 is steady enough for equal tokens but not for equal bits."""

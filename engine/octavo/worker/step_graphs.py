@@ -10,19 +10,26 @@ In Triton's interpreter the same shapes are launched and nothing is captured, so
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
+from octavo.config import EngineConfig
 from octavo.worker.step_layout import StepShape, lay_out
 from octavo.worker.step_program import StepProgram, StepTensors
 
 MIXED_CHUNKS = ((4, 64), (8, 128), (16, 256), (32, 512), (64, 1024))
-"""(rows, tokens) of the prompts' part of a mixed step. Larger steps are bound by arithmetic, not by launches."""
+"""(rows, tokens) of the prompts' part of a mixed step, at most `kv_cache.PADDING_ROWS` rows. Larger steps are bound by
+arithmetic, not by launches."""
 MIXED_DECODES = (0, 16, 64, 128, 256, 512)
 
+CAPTURE_SECONDS = 30.0
+"""After which no more shapes are captured: a server should start."""
+
 Launch = Callable[[], StepTensors]
+NO_ROWS = np.empty(0, np.int32)
 
 
 def decode_buckets(max_rows: int) -> list[int]:
@@ -43,6 +50,25 @@ def graph_shapes(max_rows: int, max_tokens: int) -> Iterator[StepShape]:
                     yield StepShape(count, rows, tokens, history)
 
 
+def capture_graphs(
+    graphs: StepGraphs, config: EngineConfig, device: torch.device, progress: Callable[[str], None]
+) -> None:
+    """Captures what the configuration asks for. progress: is told how many shapes, in what time and memory."""
+    if not config.model.cuda_graphs:
+        return
+    scheduler, start = config.scheduler, time.monotonic()
+    shapes = list(graph_shapes(scheduler.max_num_requests, scheduler.max_num_batched_tokens))
+    if device.type != "cuda":
+        graphs.capture(shapes, CAPTURE_SECONDS)
+        return
+    progress(f"CUDA graphs: capturing up to {len(shapes)} shapes of steps")
+    before = torch.cuda.memory_reserved(device)
+    graphs.capture(shapes, CAPTURE_SECONDS)
+    mib = (torch.cuda.memory_reserved(device) - before) >> 20
+    seconds = time.monotonic() - start
+    progress(f"CUDA graphs: {graphs.num_shapes} of {len(shapes)} shapes in {seconds:.1f} s, {mib} MiB")
+
+
 class StepGraphs:
     """Runs a step's launches: by replaying the graph of its shape, or one by one."""
 
@@ -56,15 +82,14 @@ class StepGraphs:
     def num_shapes(self) -> int:
         return len(self._launches)
 
-    def capture(self, shapes: Iterator[StepShape], padding_slot: int, seconds: float) -> None:
+    def capture(self, shapes: Iterable[StepShape], seconds: float) -> None:
         """Captures shapes until the time is over; each is launched once with rows of padding alone."""
         end = time.monotonic() + seconds
         pool = torch.cuda.graph_pool_handle() if self._program.device.type == "cuda" else None
         for shape in shapes:
             if time.monotonic() > end:
                 break
-            none = torch.empty(0, dtype=torch.int32).numpy()
-            self._program.write(lay_out(shape, none, none, 0, none.astype(bool), padding_slot))
+            self._program.write(lay_out(shape, NO_ROWS, NO_ROWS, 0, NO_ROWS.astype(bool), self._program.padding_slot))
             self._launches[shape] = self._captured(shape, pool)
         self._by_size = sorted(self._launches, key=lambda shape: (shape.num_tokens, shape.num_rows, shape.history))
         self._chosen.clear()

@@ -52,13 +52,14 @@ class StepProgram:
         self.device = device
         self._kv_cache = kv_cache
         self._state = state
+        self.padding_slot = state.padding_slot
         self._words = torch.zeros(num_words(StepShape(0, max_rows, max_tokens)), dtype=torch.int32, device=device)
         self._on_device: tuple[StepShape, Int32s] | None = None
         """What `_words` holds."""
         self._inputs = StepInputs.allocate(max_tokens, max_rows, state.block_table.shape[1], device)
         self.workspace = SamplerWorkspace.allocate(max_rows, state.vocab_size, device)
         self._results = torch.empty(max_rows, 4, dtype=torch.int32, device=device)
-        self._num_threads = THREADS_PER_SM * (
+        self.num_threads = THREADS_PER_SM * (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED_SMS
         )
         model.reserve(max_rows)
@@ -121,5 +122,5 @@ class StepProgram:
             self.workspace,
             self._results[: len(slots)],
             reciprocal=reciprocal,
-            num_threads=self._num_threads,
+            num_threads=self.num_threads,
         )
