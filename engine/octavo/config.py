@@ -19,6 +19,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """"auto" (the checkpoint's; float16 and bfloat16 become bfloat16 on the CPU), "float32", "bfloat16", "float16"."""
     quantization: str | None = None
     """None or "int8": dynamic int8 linears, CPU only."""
+    cuda_graphs: bool = True
+    """On a GPU, capture the launches of common steps at start and replay them."""
     batch_invariant: bool = False
     """The same bits for a request whatever else is in the batch, at the price of slower linear layers. Not on the CPU
     path, whose fp32 is steady enough for equal tokens but not for equal bits."""
@@ -50,9 +52,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Part of the pool that admissions leave free, so that admit-then-preempt does not thrash."""
     max_queue_time: float = 30.0
     """Seconds in the queue after which a request that never ran fails with QUEUE_TIMEOUT."""
-    pipeline_depth: int = 0
-    """Steps launched before the tokens of the oldest are read, less one. More than 0 pays only where a step runs beside
-    the host, which no runner does yet."""
+    pipeline_depth: int | None = None
+    """Steps launched before the tokens of the oldest are read, less one: 0 or 1. Unset: 1 on a GPU, which then never
+    waits for the host, 0 on the CPU, where launching is computing."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +80,7 @@ def check(config: EngineConfig) -> None:
         ("max_chunk_tokens", scheduler.max_chunk_tokens, scheduler.max_chunk_tokens >= 0, "at least 0"),
         ("watermark", scheduler.watermark, 0 <= scheduler.watermark < 1, "at least 0 and below 1"),
         ("max_queue_time", scheduler.max_queue_time, scheduler.max_queue_time > 0, "above 0"),
-        ("pipeline_depth", scheduler.pipeline_depth, 0 <= scheduler.pipeline_depth <= 1, "0 or 1"),
+        ("pipeline_depth", scheduler.pipeline_depth, scheduler.pipeline_depth in (None, 0, 1), "0 or 1"),
         ("block_size", cache.block_size, cache.block_size in (16, 32, 64), "16, 32 or 64"),
         ("num_blocks", cache.num_blocks, cache.num_blocks >= 0, "at least 0"),
         ("memory", cache.memory, cache.memory >= 0, "at least 0"),

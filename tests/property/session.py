@@ -27,7 +27,7 @@ class Session:
         self, *, num_blocks: int, max_model_len: int, scheduler: SchedulerConfig, cache: CacheConfig, check: bool = True
     ) -> None:
         self.config = scheduler
-        self.depth = scheduler.pipeline_depth
+        self.depth = scheduler.pipeline_depth or 0
         self.max_model_len = max_model_len
         self.block_size = cache.block_size
         self.num_blocks = num_blocks

@@ -85,7 +85,8 @@ class EngineCore:
         )
         self.frontends: dict[int, None] = {}
         """Front-ends that get load reports: those that were heard of and are not gone."""
-        self._depth = config.scheduler.pipeline_depth
+        depth = config.scheduler.pipeline_depth
+        self._depth = int(self.info.device.startswith("cuda")) if depth is None else depth
         self._in_flight: deque[tuple[SchedulerOutput, PendingStep]] = deque()
         self._last_step_failed = False
         self._next_report = 0.0

@@ -10,7 +10,7 @@ from octavo_kernels.logprobs import LogprobBuffers
 from torch import Tensor
 
 from octavo.step import Bools, Int32s, LogprobRows
-from octavo.worker.request_states import RequestStates
+from octavo.worker.request_states import Int64s, RequestStates
 
 ReadLogprobs = Callable[[Sequence[int]], LogprobRows | None]
 
@@ -21,12 +21,15 @@ def copy_to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def logprob_rows(buffers: LogprobBuffers, states: RequestStates, slots: Int32s, wants: Bools) -> ReadLogprobs:
-    """Starts the copy of a step's values. slots: [S] of its sampling rows; wants: [S] which of them asked.
+def logprob_rows(
+    buffers: LogprobBuffers, states: RequestStates, slots: Int32s, places: Int64s, wants: Bools
+) -> ReadLogprobs:
+    """Starts the copy of a step's values. slots: [S] of its sampling rows; places: [S] their rows in the buffers;
+    wants: [S] which of them asked.
 
     Returns what to call when the copy is complete, with the rows that chose a token, ascending: their values, by row.
     """
-    count = len(slots)
+    count = int(places.max()) + 1
     parts = (buffers.chosen, buffers.ranks, buffers.top_ids, buffers.top_values, buffers.requested)
     chosen, ranks, top_ids, top_values, requested = (copy_to_host(part[:count]).numpy() for part in parts)
     specs = {row: states.logprobs[int(slots[row])] for row in np.flatnonzero(wants).tolist()}
@@ -39,13 +42,13 @@ def logprob_rows(buffers: LogprobBuffers, states: RequestStates, slots: Int32s, 
         asked = [len(specs[row].token_ids) for row in rows]
         return LogprobRows(
             rows=np.array(rows, np.int32),
-            chosen=chosen[rows],
-            ranks=ranks[rows],
+            chosen=chosen[places[rows]],
+            ranks=ranks[places[rows]],
             top_offsets=np.cumsum([0, *tops], dtype=np.int32),
-            top_token_ids=np.concatenate([top_ids[row, :top] for row, top in zip(rows, tops, strict=True)]),
-            top_values=np.concatenate([top_values[row, :top] for row, top in zip(rows, tops, strict=True)]),
+            top_token_ids=np.concatenate([top_ids[places[row], :top] for row, top in zip(rows, tops, strict=True)]),
+            top_values=np.concatenate([top_values[places[row], :top] for row, top in zip(rows, tops, strict=True)]),
             requested_offsets=np.cumsum([0, *asked], dtype=np.int32),
-            requested=np.concatenate([requested[row, :n] for row, n in zip(rows, asked, strict=True)]),
+            requested=np.concatenate([requested[places[row], :n] for row, n in zip(rows, asked, strict=True)]),
         )
 
     return read

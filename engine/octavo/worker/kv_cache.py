@@ -24,6 +24,9 @@ SAMPLER_BYTES = 8
 ROW_BYTES = 32 << 10
 """Per request, about: candidates, partial results of attention, tables and records of a step."""
 
+PADDING_ROWS = 64
+"""Most rows that a step is padded by, where prompts run beside decodes, see `step_graphs`."""
+
 
 class KVCache:
     """Keys and values of all sequences. Owned by the model runner; blocks are handed out by the core's BlockPool."""
@@ -97,11 +100,12 @@ def _free_gpu_memory(
 def step_memory(spec: ModelSpec, config: SchedulerConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes that the runner allocates beside weights and cache, on a GPU.
 
-    Per token of a step: residual, its norm, qkv, attention, what is added, and the MLP's inner state. Per request: the
-    sampler's rows and the request's state.
+    Per token of a step: residual, its norm, qkv, attention, what is added, and the MLP's inner state. Per request, and
+    per row of padding: the sampler's rows and the request's state. Twice the activations: CUDA graphs have their own.
     """
-    tokens = max(config.max_num_batched_tokens, config.max_num_requests)
+    rows = config.max_num_requests + PADDING_ROWS
+    tokens = 2 * (config.max_num_batched_tokens + rows)
     activations = tokens * (7 * spec.n_embd + 2 * spec.inner_size) * dtype.itemsize
     splits = -(-spec.n_positions // SPLIT_TOKENS) * spec.n_embd * 4
     state = SlotState.bytes_per_slot(spec.n_positions, block_size, spec.vocab_size)
-    return activations + config.max_num_requests * (spec.vocab_size * SAMPLER_BYTES + splits + state + ROW_BYTES)
+    return activations + rows * (spec.vocab_size * SAMPLER_BYTES + splits + state + ROW_BYTES)

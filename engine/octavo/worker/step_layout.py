@@ -1,0 +1,134 @@
+"""Where the rows and tokens of a step lie on the device: padded to a shape that repeats, in one buffer of words.
+
+Rows that bring one token come first, padded to `decode_rows`; then the others, padded to `prefill_rows`, whose tokens
+are padded to `prefill_tokens`. A row of padding has the padding slot, so that every kernel skips it. What the launches
+of a shape read lies at places that follow from the shape alone: that is what a CUDA graph needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from octavo_kernels.paged_attention import prefill_tiles
+from octavo_kernels.prefill_attention import PREFILL_TILE
+from torch import Tensor
+
+from octavo.step import Bools, Int32s
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StepShape:
+    """What the launches of a step depend on."""
+
+    decode_rows: int
+    prefill_rows: int = 0
+    prefill_tokens: int = 0
+    history: bool = False
+    """Whether some row has n-gram bans, bad words, biases or output penalties."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.decode_rows + self.prefill_rows
+
+    @property
+    def num_tokens(self) -> int:
+        return self.decode_rows + self.prefill_tokens
+
+    @property
+    def num_tiles(self) -> int:
+        """Of prefill attention: every row may have one that is not full."""
+        return self.prefill_tokens // PREFILL_TILE + self.prefill_rows
+
+    def holds(self, other: StepShape) -> bool:
+        """Whether a step of the other shape can be padded to this one."""
+        return (
+            self.decode_rows >= other.decode_rows
+            and self.prefill_rows >= other.prefill_rows
+            and self.prefill_tokens >= other.prefill_tokens
+            and self.history >= other.history
+        )
+
+
+Words = TypeVar("Words", Int32s, Tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class StepWords(Generic[Words]):
+    """The parts of the buffer for R rows and N tiles: int32 on the host or on the device."""
+
+    row_slots: Words
+    """[R] the slot whose tokens a row computes; the padding slot: none."""
+    sample_slots: Words
+    """[R] the slot for which a token is chosen; the padding slot: none is."""
+    last_tokens: Words
+    """[R] index of a row's last token."""
+    query_start_loc: Words
+    """[R + 1]"""
+    tile_rows: Words
+    """[N] -1: no tile."""
+    tile_starts: Words
+    """[N]"""
+
+
+def num_words(shape: StepShape) -> int:
+    return 4 * shape.num_rows + 1 + 2 * shape.num_tiles
+
+
+def parts_of(words: Words, shape: StepShape) -> StepWords[Words]:
+    """Views of the first `num_words` words."""
+    rows, tiles = shape.num_rows, shape.num_tiles
+    sizes = (rows, rows, rows, rows + 1, tiles, tiles)
+    ends = np.cumsum(sizes).tolist()
+    assert len(sizes) == len(fields(StepWords))
+    return StepWords(*(words[end - size : end] for size, end in zip(sizes, ends, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """A step's rows [n] in a shape."""
+
+    shape: StepShape
+    places: npt.NDArray[np.int64]
+    """[n] the row of the shape that a row of the step is."""
+    words: Int32s
+    """[num_words]"""
+
+
+def exact_shape(num_scheduled: Int32s, num_decode_rows: int, *, history: bool) -> StepShape:
+    """Without padding. num_scheduled: [n] tokens of each row, those of one token first."""
+    rest = num_scheduled[num_decode_rows:]
+    return StepShape(num_decode_rows, len(rest), int(rest.sum()), history)
+
+
+def lay_out(
+    shape: StepShape, slots: Int32s, num_scheduled: Int32s, num_decode_rows: int, samples: Bools, padding_slot: int
+) -> StepLayout:
+    """The words of a step whose exact shape this one holds. slots, num_scheduled, samples: [n]."""
+    words = np.zeros(num_words(shape), np.int32)
+    parts = parts_of(words, shape)
+    places = np.arange(len(slots))
+    places[num_decode_rows:] += shape.decode_rows - num_decode_rows
+    lengths = np.zeros(shape.num_rows, np.int32)
+    lengths[: shape.decode_rows] = 1
+    lengths[places] = num_scheduled
+    starts = np.zeros(shape.num_rows + 1, np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    row_slots = np.full(shape.num_rows, padding_slot, np.int32)
+    row_slots[places] = slots
+    sample_slots = np.full(shape.num_rows, padding_slot, np.int32)
+    sample_slots[places[samples]] = slots[samples]
+    tile_rows, tile_starts = prefill_tiles(starts, shape.decode_rows)
+    padding = np.full(shape.num_tiles - len(tile_rows), -1, np.int32)
+    for part, values in (
+        (parts.row_slots, row_slots),
+        (parts.sample_slots, sample_slots),
+        (parts.last_tokens, np.maximum(starts[1:] - 1, 0)),
+        (parts.query_start_loc, starts),
+        (parts.tile_rows, np.concatenate([tile_rows, padding])),
+        (parts.tile_starts, np.concatenate([tile_starts, padding])),
+    ):
+        part[:] = values
+    return StepLayout(shape, places, words)
