@@ -52,7 +52,7 @@ async def served(address: str, cases: list[Case]) -> tuple[list[Answer], int]:
 def test_searches_in_flight_together_find_what_transformers_finds_alone(path: Path):
     config = EngineConfig(
         model=ModelConfig(path=str(path), name="tiny", device="cpu", dtype="float32", num_threads=1),
-        cache=CacheConfig(block_size=16, num_blocks=60),
+        cache=CacheConfig(block_size=16, num_blocks=32),
         scheduler=SchedulerConfig(max_num_requests=48, max_chunk_tokens=16),
     )
     server = ServerUnderTest(config)

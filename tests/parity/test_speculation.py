@@ -272,7 +272,7 @@ def test_row_that_fails_behind_a_right_draft_has_sent_the_tokens_before(path: Pa
     tokens, steps = [], []
     for lookup in ({}, LOOKUP):
         core = EngineCore(config(path))
-        sampler = core.runner._sampler  # type: ignore[attr-defined]
+        sampler = core.runner._host.sampler  # type: ignore[attr-defined]
         sample = sampler._sample
 
         def failing(logits: Any, slots: Any, guided: Any, states: Any = sampler._states, sample: Any = sample) -> Any:
