@@ -54,11 +54,6 @@ class HostRows:
         moved = np.flatnonzero(self._states.num_computed[step.slots] != step.num_computed)
         self._device_states.stage_num_computed(step.slots[moved], step.num_computed[moved])
 
-    def behind(self, rows: Int64s, slots: Int32s) -> Int64s:
-        """`rows` [S] of slots[rows], those of the host last."""
-        mask = self.mask[slots[rows]]
-        return np.concatenate([rows[~mask], rows[mask]])
-
     def fetch(self, logits: Tensor, step: SchedulerOutput, rows: Int64s) -> Callable[[ModelRunnerOutput], None]:
         """Starts the copy of the logits [S, V] of rows of a step.
 
