@@ -18,7 +18,6 @@ from octavo_kernels.state import SlotState
 from octavo_kernels.workspace import SamplerWorkspace
 from torch import Tensor
 
-from octavo.step import Int32s
 from octavo.worker.gpt2_triton import DeviceBatch, TritonGPT2
 from octavo.worker.kv_cache import KVCache
 from octavo.worker.step_layout import StepLayout, StepShape, num_words, parts_of
@@ -54,7 +53,7 @@ class StepProgram:
         self._state = state
         self.padding_slot = state.padding_slot
         self._words = torch.zeros(num_words(StepShape(0, max_rows, max_tokens)), dtype=torch.int32, device=device)
-        self._on_device: tuple[StepShape, Int32s] | None = None
+        self._on_device: StepLayout | None = None
         """What `_words` holds."""
         self._inputs = StepInputs.allocate(max_tokens, max_rows, state.block_table.shape[1], device)
         self.workspace = SamplerWorkspace.allocate(max_rows, state.vocab_size, device)
@@ -66,16 +65,16 @@ class StepProgram:
 
     def write(self, layout: StepLayout) -> None:
         """Brings the words to the device, unless they are there."""
-        words = layout.words
-        if self._on_device is not None:
-            shape, before = self._on_device
-            if shape == layout.shape and np.array_equal(before, words):
-                return
+        words, before = layout.words, self._on_device
+        if before is layout:
+            return
+        if before is not None and before.shape == layout.shape and np.array_equal(before.words, words):
+            return
         source = torch.from_numpy(words)
         if self.device.type == "cuda":
             source = source.pin_memory()
         self._words[: len(words)].copy_(source, non_blocking=True)
-        self._on_device = layout.shape, words
+        self._on_device = layout
 
     def sample_slots(self, shape: StepShape) -> Tensor:
         """int32 [R] of the step whose words were written last."""
