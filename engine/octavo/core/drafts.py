@@ -22,7 +22,7 @@ from octavo.core.plan import Plan
 from octavo.core.request import Request
 from octavo.core.running_batch import RunningBatch
 from octavo.ipc import EngineCoreRequest
-from octavo.step import Bools, Int32s
+from octavo.step import Bools, FurtherTokens, Int32s, SchedulerOutput
 
 MAX_DRAFT_TOKENS = 256
 """In one step: the worker holds a row of logits for each."""
@@ -103,6 +103,8 @@ class Drafts:
         self._most = min(MAX_DRAFT_TOKENS, (config.max_chunk_tokens or MAX_DRAFT_TOKENS + 1) - 1)
         self._lookups: dict[int, Lookup] = {}  # by slot
         self._drafts: Bools = np.zeros(config.max_num_requests, np.bool_)
+        self._lengths: Int32s = np.zeros(config.max_num_requests, np.int32)
+        """Most tokens of the next draft, beside the request's own limit."""
 
     def __bool__(self) -> bool:
         return bool(self._lookups)
@@ -112,11 +114,24 @@ class Drafts:
         if self._enabled and request.spec.params.prompt_lookup_num_tokens:
             self._lookups[request.slot] = Lookup.of(request.spec)
             self._drafts[request.slot] = True
+            self._lengths[request.slot] = MAX_DRAFT_TOKENS
 
     def remove(self, slot: int) -> None:
         """The slot is empty."""
         if self._lookups.pop(slot, None) is not None:
             self._drafts[slot] = False
+
+    def note(self, step: SchedulerOutput, further: FurtherTokens | None) -> None:
+        """After a draft that was right the next may be twice as long, else one longer than what was right of it, so
+        that text that does not repeat itself pays for little."""
+        rows = _NONE if further is None else further.rows
+        right = np.bincount(rows, minlength=step.num_rows).tolist()
+        first = step.num_rows - len(step.drafts)
+        for row, draft in enumerate(step.drafts, first):
+            slot = int(step.slots[row])
+            self._lengths[slot] = (
+                max(self._lengths[slot], 2 * len(draft)) if right[row] == len(draft) else 1 + right[row]
+            )
 
     def ready(self, order: Int32s) -> Int32s:
         """Those of the slots that may be scheduled: of one that drafts, all tokens have to be known."""
@@ -127,8 +142,8 @@ class Drafts:
         """Moves decode rows of the plan that have a draft to `plan.drafts`, as far as budget and blocks go."""
         most = self._most
         for slot in plan.decode[self._drafts[plan.decode]].tolist():
-            left = int(self._batch.max_total[slot] - self._batch.num_known[slot])
-            draft = self.draft(slot, min(most, plan.budget, left - 1))  # one more is chosen behind the draft
+            left = int(self._batch.max_total[slot] - self._batch.num_known[slot])  # one is chosen behind the draft
+            draft = self.draft(slot, min(most, plan.budget, left - 1, int(self._lengths[slot])))
             draft = draft[: self._make_room(plan, slot, len(draft))]
             if len(draft):
                 plan.drafts.append((slot, draft))

@@ -512,6 +512,8 @@ class Scheduler:
             if batch.live[slots[row]]:
                 self._fail(batch.request_at(int(slots[row])), reason, forget=True)
         tokens = take_tokens(batch, step, output, now)
+        if step.drafts:
+            self.drafts.note(step, output.further)
         follow(batch, tokens.slots)
         self._announce(tokens.slots)
         for values in output.prompt_logprobs:
