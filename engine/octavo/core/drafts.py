@@ -104,7 +104,7 @@ class Drafts:
         self._lookups: dict[int, Lookup] = {}  # by slot
         self._drafts: Bools = np.zeros(config.max_num_requests, np.bool_)
         self._lengths: Int32s = np.zeros(config.max_num_requests, np.int32)
-        """Most tokens of the next draft, beside the request's own limit."""
+        """Most tokens of the next draft."""
 
     def __bool__(self) -> bool:
         return bool(self._lookups)
@@ -114,7 +114,7 @@ class Drafts:
         if self._enabled and request.spec.params.prompt_lookup_num_tokens:
             self._lookups[request.slot] = Lookup.of(request.spec)
             self._drafts[request.slot] = True
-            self._lengths[request.slot] = MAX_DRAFT_TOKENS
+            self._lengths[request.slot] = request.spec.params.prompt_lookup_num_tokens
 
     def remove(self, slot: int) -> None:
         """The slot is empty."""
@@ -122,16 +122,15 @@ class Drafts:
             self._drafts[slot] = False
 
     def note(self, step: SchedulerOutput, further: FurtherTokens | None) -> None:
-        """After a draft that was right the next may be twice as long, else one longer than what was right of it, so
-        that text that does not repeat itself pays for little."""
+        """A draft that was right makes the next one longer by two tokens, any other shorter by one, as transformers'
+        heuristic schedule does: text that does not repeat itself comes to pay for little."""
         rows = _NONE if further is None else further.rows
         right = np.bincount(rows, minlength=step.num_rows).tolist()
-        first = step.num_rows - len(step.drafts)
-        for row, draft in enumerate(step.drafts, first):
+        for row, draft in enumerate(step.drafts, step.num_rows - len(step.drafts)):
             slot = int(step.slots[row])
-            self._lengths[slot] = (
-                max(self._lengths[slot], 2 * len(draft)) if right[row] == len(draft) else 1 + right[row]
-            )
+            if (lookup := self._lookups.get(slot)) is not None:  # else the request has just failed
+                change = 2 if right[row] == len(draft) else -1
+                self._lengths[slot] = min(max(1, int(self._lengths[slot]) + change), lookup.num_tokens)
 
     def ready(self, order: Int32s) -> Int32s:
         """Those of the slots that may be scheduled: of one that drafts, all tokens have to be known."""
