@@ -77,12 +77,12 @@ def test_a_stop_string_is_found_in_bytes_that_several_tokens_make(stops: list[st
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "num_return_sequences": 2, "seed": 3}], ids=str)
 def test_max_time_ends_sequences_early_and_changes_no_token(sampling: dict[str, Any], llm) -> None:
     def outputs(**keywords: Any) -> list[Any]:
-        found = llm.generate(PROMPT, ignore_eos=True, max_new_tokens=300, **sampling, **keywords)
+        found = llm.generate(PROMPT, ignore_eos=True, max_new_tokens=150, **sampling, **keywords)
         return found if isinstance(found, list) else [found]
 
-    for timed, whole in zip(outputs(max_time=0.05), outputs(), strict=True):
+    for timed, whole in zip(outputs(max_time=0.03), outputs(), strict=True):
         assert timed.finish_reason == "time"
-        assert 0 < len(timed.token_ids) < 300
+        assert 0 < len(timed.token_ids) < 150
         assert timed.token_ids == whole.token_ids[: len(timed.token_ids)]
 
 
