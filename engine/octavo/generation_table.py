@@ -197,7 +197,10 @@ PIPELINE: Final[dict[str, Entry]] = {
     "return_text": Supported("false skips detokenization", _TEXT),
     "return_tensors": Supported("true is return_text=false: token ids are returned anyway", _TEXT),
     "prefix": Supported("put before a text prompt", _TEXT),
-    "handle_long_generation": Supported('"hole" is truncate_to_fit', _TEXT),
+    "handle_long_generation": Supported(
+        '"hole" is truncate_to_fit',
+        "tests/parity/test_stopping.py::test_hole_keeps_of_a_long_prompt_what_the_pipeline_keeps",
+    ),
     "stop_sequence": Supported("stop_strings", _TEXT),
     "max_length": Supported("as in generate()"),
     "skip_special_tokens": Supported("true by default", _TEXT),

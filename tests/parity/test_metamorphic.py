@@ -44,6 +44,9 @@ WAYS = {
     "preempted": Way({"max_num_requests": 64, "num_blocks": 40, **NO_CACHE}, preempts=True),
     "in chunks": Way({"max_num_requests": 64, "max_chunk_tokens": 7, "pipeline_depth": 0, **NO_CACHE}),
     "found in the cache": Way({"max_num_requests": 64, "num_blocks": 1000}, runs=2, hits=True),
+    "speculated": Way(
+        {"max_num_requests": 64, "num_blocks": 1000, **NO_CACHE}, keywords={"prompt_lookup_num_tokens": 4}
+    ),
     "all of these": Way({"max_num_requests": 64, "num_blocks": 60, "max_chunk_tokens": 7}, preempts=True, hits=True),
 }
 
