@@ -43,6 +43,8 @@ class Settings:
     device: str = "cpu"
     max_requests: int = 0
     """Sequences at once; 0: the system's own choice."""
+    kv_gib: int = 0
+    """GiB of each system's KV-cache; 0: its own choice."""
 
 
 CONTENDERS = {
@@ -117,6 +119,7 @@ class Worker:
         command = [python, HERE / "peers" / f"{contender.worker}.py", "--dtype", contender.dtype]
         command += ["--checkpoint", checkpoint, "--scratch", scratch, "--threads", str(settings.threads)]
         command += ["--device", settings.device, "--max-requests", str(settings.max_requests)]
+        command += ["--kv-gib", str(settings.kv_gib)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [str(part) for part in command],

@@ -21,6 +21,7 @@ class InProcess:
             num_threads=options.threads,
             enable_prefix_caching=False,
             **model,
+            memory=options.kv_gib << 30,
             **({"max_num_requests": options.max_requests} if options.max_requests else {}),
         )
 

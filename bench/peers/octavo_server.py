@@ -39,6 +39,8 @@ class OverGrpc:
             "--dtype",
             *dtype,
         ]
+        if options.kv_gib:
+            flags += ["--kv-cache-memory", str(options.kv_gib << 30)]
         if options.max_requests:
             flags += ["--max-num-requests", str(options.max_requests)]
         self._server = subprocess.Popen(

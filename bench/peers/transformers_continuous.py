@@ -14,6 +14,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, GPT2LMHeadM
 from worker_loop import NewTokens
 
 CPU_POOL: dict[str, Any] = {"num_blocks": 64, "max_batch_tokens": 512}
+PAGE_SIZE = 256
 PATIENCE = 240.0
 
 
@@ -26,11 +27,15 @@ class Continuous:
         self.dtype = options.dtype if fast else "float32"
         model = GPT2LMHeadModel.from_pretrained(options.checkpoint, dtype=getattr(torch, self.dtype)).eval()
         pool = dict(CPU_POOL) if on_cpu else {}
+        if options.kv_gib:
+            config = model.config
+            token_bytes = 2 * config.n_layer * config.n_embd * model.dtype.itemsize
+            pool["num_blocks"] = max(8, (options.kv_gib << 30) // (PAGE_SIZE * token_bytes))
         if options.max_requests:
             pool["max_requests_per_batch"] = options.max_requests
         self._manager = model.to(options.device).init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1024),
-            continuous_batching_config=ContinuousBatchingConfig(allow_block_sharing=False, **pool),
+            continuous_batching_config=ContinuousBatchingConfig(page_size=PAGE_SIZE, allow_block_sharing=False, **pool),
         )
         self._manager.warmup()
         self._manager.start()

@@ -15,7 +15,7 @@ def variables(options: worker_loop.Options) -> dict[str, str]:
         "SMG_VLLM_SERVICER_WARMUP": "off",
     }
     if options.device == "cpu":
-        found["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        found["VLLM_CPU_KVCACHE_SPACE"] = str(options.kv_gib or 1)
     if options.device == "cpu" and options.threads:
         # Not bound to cores: others are free to move, and nobody else stays off a core.
         found |= {"OMP_NUM_THREADS": str(options.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

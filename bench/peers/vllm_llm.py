@@ -26,6 +26,7 @@ class InProcess:
             max_model_len=1024,
             enable_prefix_caching=False,
             disable_log_stats=True,
+            **({"kv_cache_memory_bytes": options.kv_gib << 30} if options.kv_gib and options.device == "cuda" else {}),
             **({"max_num_seqs": options.max_requests} if options.max_requests else {}),
         )
 

@@ -32,6 +32,8 @@ class OverGrpc:
             port = probe.getsockname()[1]
         flags = ["--grpc", "--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype]
         flags += ["--max-model-len", "1024", "--no-enable-prefix-caching", "--disable-log-stats"]
+        if options.kv_gib and options.device == "cuda":
+            flags += ["--kv-cache-memory-bytes", str(options.kv_gib << 30)]
         if options.max_requests:
             flags += ["--max-num-seqs", str(options.max_requests)]
         self._server = subprocess.Popen(

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Protocol
 
 NewTokens = int | list[int]
-STATIC_BATCH_TOKENS = 131_072
-"""Padded tokens, prompt and answer, in one batch of a system without continuous batching: 24 GB of gpt2-large's bf16
+STATIC_BATCH_TOKENS = 98_304
+"""Padded tokens, prompt and answer, in one batch of a system without continuous batching: 18 GB of gpt2-large's bf16
 keys and values."""
 
 
@@ -48,6 +48,8 @@ class Options:
     """"cpu" or "cuda"; octavo also knows "interpreter"."""
     max_requests: int = 0
     """Sequences that may run at once; 0: the system's own choice."""
+    kv_gib: int = 0
+    """GiB of the KV-cache, so that several systems share a card; 0: the system's own choice, on CPUs 1 GiB."""
 
 
 class Engine(Protocol):
@@ -72,6 +74,7 @@ def serve(start: Callable[[Options], Engine], *packages: str) -> None:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--max-requests", type=int, default=0)
+    parser.add_argument("--kv-gib", type=int, default=0)
     options = Options(**vars(parser.parse_args()))
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
