@@ -150,8 +150,8 @@ def report(options: argparse.Namespace, found: dict[str, Turns], same: float, dt
         p50, p99 = np.percentile(part.first, PERCENTS).tolist()
         median, least, most = statistics.median(rates), min(rates), max(rates)
         print(
-            f"cache {name:<4} {median:8.0f} output tokens/s ({least:.0f} to {most:.0f})   first token p50 {p50 * 1e3:.0f} "
-            f"ms, p99 {p99 * 1e3:.0f} ms   hit rate {part.hit_rate:.3f}"
+            f"cache {name:<4} {median:8.0f} output tokens/s ({least:.0f} to {most:.0f})   first token p50 "
+            f"{p50 * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms   hit rate {part.hit_rate:.3f}"
         )
         lines.append(
             {
@@ -167,8 +167,8 @@ def report(options: argparse.Namespace, found: dict[str, Turns], same: float, dt
     ratios = [off / on for on, off in zip(found["on"].seconds, found["off"].seconds, strict=True)]
     low, high = turns.interval(ratios)
     print(
-        f"on / off: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), median within {low:.2f} to "
-        f"{high:.2f}; least part of equal tokens in a turn: {same:.4f}"
+        f"on / off: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), median within {low:.2f} "
+        f"to {high:.2f}; least part of equal tokens in a turn: {same:.4f}"
     )
     ratio = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "interval": [low, high]}
     lines.append({"record": "ratio", "first": "on", "second": "off", **ratio, "equal_tokens": same})
