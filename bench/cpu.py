@@ -17,7 +17,6 @@ import json
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -26,10 +25,24 @@ from pathlib import Path
 from typing import Any
 
 import environment
-from contenders import COMPARISONS, CONTENDERS, DEFAULT, SLOW_BF16, Contender, Worker, WorkerError
+from contenders import (
+    COMPARISONS,
+    CONTENDERS,
+    DEFAULT,
+    SLOW_BF16,
+    Entry,
+    Settings,
+    WorkerError,
+    agreement,
+    announce,
+    described,
+    end,
+    names,
+    prepare_checkpoint,
+    start,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / ".cache" / "bench"
 WARM_UP_TOKENS = (2, 8)
 LARGEST_TOKEN = 50_000
 DISTURBED = 0.2
@@ -61,30 +74,17 @@ class Cell:
         return [self.batch * self.new_tokens / seconds for seconds in self.seconds]
 
 
-@dataclass
-class Entry:
-    """A contender that takes part."""
-
-    contender: Contender
-    worker: Worker
-
-
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended
     options = parse()
     checkpoint = prepare_checkpoint(options.shape)
-    entries, absent = start(options, checkpoint)
+    settings = Settings(threads=options.threads)
+    entries, absent = start(options.contenders, settings, checkpoint=checkpoint, peers=options.peers)
     try:
-        for name in list(entries):
-            print(f"  {name:<20} {describe(entries[name])}", flush=True)
-        for name, why in absent.items():
-            print(f"  {name:<20} absent: {why}", flush=True)
+        announce(entries, absent)
         cells = measure(options, entries, absent) if entries else []
     finally:
-        for entry in entries.values():
-            entry.worker.ask_to_end()
-        for entry in entries.values():
-            entry.worker.close()
+        end(entries)
     ratios = compare(cells)
     report(cells, ratios)
     if options.out and cells:
@@ -115,58 +115,8 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def names(text: str) -> list[str]:
-    for name in text.split(","):
-        if name.split("@")[0] not in CONTENDERS:
-            raise argparse.ArgumentTypeError(
-                f"no contender {name}; there are {', '.join(CONTENDERS)}, each also as NAME@THREADS"
-            )
-    return text.split(",")
-
-
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
-
-
-def prepare_checkpoint(shape: str) -> Path:
-    folder = CACHE / shape
-    if not (folder / "config.json").exists():
-        print(f"making a checkpoint of shape {shape} with random weights", flush=True)
-        script = ROOT / "bench" / "peers" / "random_checkpoint.py"
-        subprocess.run([sys.executable, script, folder, shape], check=True, stderr=subprocess.DEVNULL)
-    return folder
-
-
-def start(options: argparse.Namespace, checkpoint: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Starts all workers at once and waits for them. Returns those that are ready, and why the others are not."""
-    print("starting (vLLM takes a minute or two) ...", flush=True)
-    workers: dict[tuple[str, str, int], Worker] = {}
-    entries: dict[str, Entry] = {}
-    absent: dict[str, str] = {}
-    for name in options.contenders:
-        base, _, threads = name.partition("@")
-        contender = CONTENDERS[base]
-        key = (contender.worker, contender.dtype, int(threads or options.threads))
-        try:
-            if key not in workers:
-                workers[key] = Worker(
-                    contender, checkpoint=checkpoint, scratch=CACHE / "scratch", peers=options.peers, threads=key[2]
-                )
-            entries[name] = Entry(contender, workers[key])
-        except WorkerError as error:
-            absent[name] = str(error)
-    for name, entry in list(entries.items()):
-        try:
-            entry.worker.wait_until_ready()
-        except WorkerError as error:
-            entry.worker.close()
-            absent[name] = str(error)
-            del entries[name]
-    return entries, absent
-
-
-def describe(entry: Entry) -> str:
-    return ", ".join([entry.worker.dtype, *(f"{name} {version}" for name, version in entry.worker.versions.items())])
 
 
 def measure(options: argparse.Namespace, entries: dict[str, Entry], absent: dict[str, str]) -> list[Cell]:
@@ -237,12 +187,6 @@ def random_prompts(options: argparse.Namespace, batch: int, turn: int) -> list[l
     return [[source.randrange(LARGEST_TOKEN) for _ in range(options.prompt_tokens)] for _ in range(batch)]
 
 
-def agreement(answer: list[list[int]], reference: list[list[int]]) -> float:
-    """Part of the tokens that are the same. Random weights make near ties, where rounding decides."""
-    same = [a == b for ours, theirs in zip(answer, reference, strict=True) for a, b in zip(ours, theirs, strict=True)]
-    return sum(same) / len(same)
-
-
 def compare(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Ratios of tokens per second of the pairs in COMPARISONS, turn by turn."""
     found = []
@@ -309,10 +253,7 @@ def record(
     header["settings"] = {
         key: getattr(options, key) for key in ("shape", "prompt_tokens", "new_tokens", "repeats", "threads")
     }
-    header["contenders"] = {
-        name: {"dtype": entry.worker.dtype, "mode": entry.contender.mode, "versions": entry.worker.versions}
-        for name, entry in entries.items()
-    }
+    header["contenders"] = described(entries)
     header["absent"] = absent
     lines = [{"record": "run", "run": run, **header}]
     for cell in cells:

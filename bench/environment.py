@@ -46,6 +46,18 @@ def gpu_state() -> str:
         return ""
 
 
+def accelerator(device: str) -> dict[str, str]:
+    """Name of the card as "device", with `gpu_state` as "gpu"; "cpu" where `device` is not CUDA. Asks no torch."""
+    if not device.startswith("cuda"):
+        return {"device": device, "gpu": ""}
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {"device": device, "gpu": ""}
+    return {"device": found.splitlines()[0].strip(), "gpu": gpu_state()}
+
+
 def busy_seconds() -> float:
     """CPU seconds that the whole machine has spent on anything but idling, since it started."""
     fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]

@@ -6,6 +6,7 @@ import time
 
 import worker_loop
 from octavo.llm import LLM
+from worker_loop import NewTokens
 
 QUANTIZED = {"dtype": "bfloat16", "quantization": "int8"}
 
@@ -16,15 +17,22 @@ class InProcess:
         model = QUANTIZED if options.dtype == "int8" else {"dtype": options.dtype}
         self._llm = LLM(
             str(options.checkpoint),
-            device="cpu",
+            device=options.device,
             num_threads=options.threads,
             enable_prefix_caching=False,
             **model,
+            memory=options.kv_gib << 30,
+            **({"max_num_requests": options.max_requests} if options.max_requests else {}),
         )
 
-    def run(self, prompts: list[list[int]], new_tokens: int, mode: str) -> tuple[float, list[list[int]]]:
+    def run(self, prompts: list[list[int]], new_tokens: NewTokens, mode: str) -> tuple[float, list[list[int]]]:
         begin = time.perf_counter()
-        outputs = self._llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+        if isinstance(new_tokens, int):
+            outputs = self._llm.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+        else:
+            pairs = zip(prompts, new_tokens, strict=True)
+            requests = [{"prompt": prompt, "max_new_tokens": n, "ignore_eos": True} for prompt, n in pairs]
+            outputs = self._llm.generate_each(requests)
         return time.perf_counter() - begin, [list(output.token_ids) for output in outputs]
 
     def close(self) -> None:

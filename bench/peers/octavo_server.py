@@ -1,7 +1,8 @@
 """octavo over gRPC: `octavo serve` on this machine and octavo.client.
 
 Modes: "stream" and "unary" make one call per prompt, all at once; "batch" one unary call with all prompts; "session"
-sends all prompts over one stream, GenerateSession.
+sends all prompts over one stream, GenerateSession. "stream@N", "unary@N" and "session@N" are closed loops: N callers,
+each with one request at a time.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvloop
 import worker_loop
 from octavo.client import AsyncClient
+from worker_loop import NewTokens
 
 READY_TIMEOUT = 180.0
 
@@ -29,13 +32,17 @@ class OverGrpc:
         dtype = ["bfloat16", "--quantization", "int8"] if options.dtype == "int8" else [options.dtype]
         flags = [
             "--device",
-            "cpu",
+            options.device,
             "--num-threads",
             str(options.threads),
             "--no-enable-prefix-caching",
             "--dtype",
             *dtype,
         ]
+        if options.kv_gib:
+            flags += ["--kv-cache-memory", str(options.kv_gib << 30)]
+        if options.max_requests:
+            flags += ["--max-num-requests", str(options.max_requests)]
         self._server = subprocess.Popen(
             [sys.executable, "-m", "octavo.cli", "serve", str(options.checkpoint), "--address", address, *flags],
             stdin=subprocess.DEVNULL,
@@ -52,26 +59,53 @@ class OverGrpc:
                 raise RuntimeError(f"octavo serve ended with status {self._server.returncode}")
         ready.result()
 
-    def run(self, prompts: list[list[int]], new_tokens: int, mode: str) -> tuple[float, list[list[int]]]:
-        return self._loop.run_until_complete(self._run(prompts, mode, max_new_tokens=new_tokens, ignore_eos=True))
+    def run(self, prompts: list[list[int]], new_tokens: NewTokens, mode: str) -> tuple[float, list[list[int]]]:
+        kind, _, concurrency = mode.partition("@")
+        at_once = int(concurrency or len(prompts))
+        return self._loop.run_until_complete(self._run(prompts, new_tokens, kind, at_once))
 
-    async def _run(self, prompts: list[list[int]], mode: str, **params: Any) -> tuple[float, list[list[int]]]:
+    async def _run(
+        self, prompts: list[list[int]], new_tokens: NewTokens, kind: str, at_once: int
+    ) -> tuple[float, list[list[int]]]:
+        calls = list(zip(prompts, worker_loop.lengths(prompts, new_tokens), strict=True))
+
+        def params(length: int) -> dict[str, Any]:
+            return {"max_new_tokens": length, "ignore_eos": True}
+
         begin = time.perf_counter()
-        if mode == "batch":
-            outputs = await self._client.generate(prompts, **params)
-        elif mode == "unary":
-            outputs = await asyncio.gather(*(self._client.generate(prompt, **params) for prompt in prompts))
-        elif mode == "session":
+        outputs: list[Any]
+        if kind == "batch":
+            if not isinstance(new_tokens, int):
+                raise ValueError("a batch call has one length for all its prompts")
+            outputs = await self._client.generate(prompts, **params(new_tokens))
+        elif kind == "unary":
+            outputs = await closed_loop(calls, at_once, lambda p, n: self._client.generate(p, **params(n)))
+        elif kind == "session":
             async with self._client.multiplex() as session:
-                outputs = await asyncio.gather(*(streamed(session.stream(prompt, **params)) for prompt in prompts))
+                outputs = await closed_loop(calls, at_once, lambda p, n: streamed(session.stream(p, **params(n))))
         else:
-            outputs = await asyncio.gather(*(streamed(self._client.stream(prompt, **params)) for prompt in prompts))
+            outputs = await closed_loop(calls, at_once, lambda p, n: streamed(self._client.stream(p, **params(n))))
         seconds = time.perf_counter() - begin
         return seconds, [output if isinstance(output, list) else list(output.token_ids) for output in outputs]
 
     def close(self) -> None:
         self._loop.run_until_complete(self._client.close())
         worker_loop.stop(self._server)
+
+
+async def closed_loop(
+    calls: list[tuple[list[int], int]], at_once: int, call: Callable[[list[int], int], Awaitable[Any]]
+) -> list[Any]:
+    """Answers of all calls, in order; `at_once` of them run at any time while there are as many left."""
+    results: list[Any] = [None] * len(calls)
+    left = iter(range(len(calls)))
+
+    async def caller() -> None:
+        for i in left:
+            results[i] = await call(*calls[i])
+
+    await asyncio.gather(*(caller() for _ in range(min(at_once, len(calls)))))
+    return results
 
 
 async def streamed(call: Any) -> list[int]:

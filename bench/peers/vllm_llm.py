@@ -1,4 +1,7 @@
-"""vLLM's CPU build in process: `vllm.LLM`, with the engine core in this process and its defaults otherwise."""
+"""vLLM in process, its CPU or its CUDA build, whichever is installed: `vllm.LLM`.
+
+The engine core runs in this process; its defaults otherwise.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import time
 
 import vllm_environment
 import worker_loop
+from worker_loop import NewTokens
 
 
 class InProcess:
@@ -22,12 +26,15 @@ class InProcess:
             max_model_len=1024,
             enable_prefix_caching=False,
             disable_log_stats=True,
+            **({"kv_cache_memory_bytes": options.kv_gib << 30} if options.kv_gib and options.device == "cuda" else {}),
+            **({"max_num_seqs": options.max_requests} if options.max_requests else {}),
         )
 
-    def run(self, prompts: list[list[int]], new_tokens: int, mode: str) -> tuple[float, list[list[int]]]:
+    def run(self, prompts: list[list[int]], new_tokens: NewTokens, mode: str) -> tuple[float, list[list[int]]]:
         from vllm import SamplingParams, TokensPrompt
 
-        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        lengths = worker_loop.lengths(prompts, new_tokens)
+        params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         begin = time.perf_counter()
         outputs = self._llm.generate(inputs, params, use_tqdm=False)

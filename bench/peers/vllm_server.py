@@ -1,5 +1,7 @@
 """vLLM's gRPC server (`vllm serve --grpc`) on this machine, one Generate call per prompt, all at once.
 
+With mode "stream@N" or "unary@N" N callers with one request at a time each.
+
 Its service takes and gives token ids; octavo's gives text besides.
 """
 
@@ -16,6 +18,7 @@ import grpc
 import vllm_environment
 import worker_loop
 from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
+from worker_loop import NewTokens
 
 START = "import sys; from vllm.entrypoints.cli.main import main; sys.argv[0] = 'vllm'; main()"
 READY_TIMEOUT = 300.0
@@ -29,6 +32,10 @@ class OverGrpc:
             port = probe.getsockname()[1]
         flags = ["--grpc", "--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype]
         flags += ["--max-model-len", "1024", "--no-enable-prefix-caching", "--disable-log-stats"]
+        if options.kv_gib and options.device == "cuda":
+            flags += ["--kv-cache-memory-bytes", str(options.kv_gib << 30)]
+        if options.max_requests:
+            flags += ["--max-num-seqs", str(options.max_requests)]
         self._server = subprocess.Popen(
             [sys.executable, "-c", START, "serve", str(options.checkpoint), *flags],
             stdin=subprocess.DEVNULL,
@@ -51,16 +58,19 @@ class OverGrpc:
                     worker_loop.stop(self._server)
                     raise RuntimeError("vLLM's gRPC server did not start") from None
 
-    def run(self, prompts: list[list[int]], new_tokens: int, mode: str) -> tuple[float, list[list[int]]]:
-        return self._loop.run_until_complete(self._run(prompts, new_tokens, mode == "stream"))
+    def run(self, prompts: list[list[int]], new_tokens: NewTokens, mode: str) -> tuple[float, list[list[int]]]:
+        kind, _, concurrency = mode.partition("@")
+        at_once = int(concurrency or len(prompts))
+        return self._loop.run_until_complete(self._run(prompts, new_tokens, kind == "stream", at_once))
 
-    async def _run(self, prompts: list[list[int]], new_tokens: int, stream: bool) -> tuple[float, list[list[int]]]:
-        params = vllm_engine_pb2.SamplingParams(
-            temperature=0.0, top_p=1.0, repetition_penalty=1.0, max_tokens=new_tokens, ignore_eos=True, n=1
-        )
-
-        async def one(prompt: list[int]) -> list[int]:
+    async def _run(
+        self, prompts: list[list[int]], new_tokens: NewTokens, stream: bool, at_once: int
+    ) -> tuple[float, list[list[int]]]:
+        async def one(prompt: list[int], length: int) -> list[int]:
             self._count += 1
+            params = vllm_engine_pb2.SamplingParams(
+                temperature=0.0, top_p=1.0, repetition_penalty=1.0, max_tokens=length, ignore_eos=True, n=1
+            )
             request = vllm_engine_pb2.GenerateRequest(
                 request_id=f"bench-{self._count}",
                 tokenized=vllm_engine_pb2.TokenizedInput(input_ids=prompt),
@@ -75,8 +85,16 @@ class OverGrpc:
                     token_ids += response.complete.output_ids
             return token_ids
 
+        calls = list(zip(prompts, worker_loop.lengths(prompts, new_tokens), strict=True))
+        results: list[list[int]] = [[] for _ in calls]
+        left = iter(range(len(calls)))
+
+        async def caller() -> None:
+            for i in left:
+                results[i] = await one(*calls[i])
+
         begin = time.perf_counter()
-        results = await asyncio.gather(*(one(prompt) for prompt in prompts))
+        await asyncio.gather(*(caller() for _ in range(min(at_once, len(calls)))))
         return time.perf_counter() - begin, results
 
     def close(self) -> None:
