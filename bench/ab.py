@@ -4,11 +4,11 @@
     python bench/ab.py --repeats 11 ../other . step           in two folders, as they are
     python bench/ab.py main . my_timing.py --size 3           any program that prints a number
 
-A and B are folders, or commits, which are unpacked for the time of the run. The program (Python, with options of its
-own) runs in each of them with that version's packages first on the path: A B, B A, ... A bench by name gives the numbers
-of its records; any other program those of its last line, a number or a JSON object of numbers. For each number: medians,
-and the ratio B / A of the turns, its median with the bootstrap interval at 95 %. Where the interval contains 1 the line
-says "noise". Peers' environments (.peers) are those of each folder; a commit has none.
+A and B are folders, or commits, which are unpacked for the time of the run. The program (Python, with options of
+its own) runs in each of them with that version's packages first on the path: A B, B A, ... A bench by name gives the
+numbers of its records; any other program those of its last line, a number or a JSON object of numbers. For each number:
+medians, and the ratio B / A of the turns, its median with the bootstrap interval at 95 %. Where the interval contains 1
+the line says "noise". Peers' environments (.peers) are those of each folder; a commit has none.
 """
 
 from __future__ import annotations

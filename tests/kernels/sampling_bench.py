@@ -32,7 +32,8 @@ class Device:
         self.rows = rows
         self.vocab_size = rows[0].logits.numel()
         self.states = DeviceStates(len(rows), N_POSITIONS, 16, self.vocab_size, device)
-        self.states.stage(step_with(new_requests=[row.request(slot) for slot, row in enumerate(rows)]))
+        step = step_with(new_requests=[row.request(slot) for slot, row in enumerate(rows)])
+        self.states.stage(step, on_host=np.zeros(len(rows) + 1, np.bool_))
         offsets, values = self.states.take()
         self.states.state.arena[torch.from_numpy(offsets).long().to(device)] = torch.from_numpy(values).to(device)
         self.workspace = SamplerWorkspace.allocate(len(rows), self.vocab_size, device)
