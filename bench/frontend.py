@@ -2,7 +2,7 @@
 
     python bench/frontend.py                        # all scenarios; about 5 minutes
     python bench/frontend.py --only session/256 --rounds 5
-    python bench/frontend.py --smoke                # a few tokens of each kind, no numbers worth keeping
+    python bench/frontend.py --smoke --out ""       # a few tokens of each kind, no numbers worth keeping
 
 The engine core is the real process with a runner that computes nothing and ends a step at each tick of a clock
 (frontend_parts/mock_core.py). Its requests are all there before the first tick; measured is the middle 80 % of the
@@ -39,6 +39,7 @@ SCENARIOS = {
     "session/256 x2": Scenario("session", 256, rate=80_000, tokens=1000, frontends=2),
     "stream/256 x2": Scenario("stream", 256, rate=20_000, tokens=250, frontends=2),
 }
+SMOKE = ("session/256 x2", "stream/64")
 COLUMNS = (
     ("tok/s", "tokens_per_second", "9,.0f"),
     ("msg/s", "messages_per_second", "8,.0f"),
@@ -57,12 +58,12 @@ def main() -> int:
     options = parse()
     print(f"{'':22}" + "".join(f"{title:>{_width(form)}}" for title, _, form in COLUMNS), flush=True)
     cells = []
-    for name in options.only or SCENARIOS:
+    for name in options.only or (SMOKE if options.smoke else SCENARIOS):
         scenario = SCENARIOS[name]
         if options.smoke:
             scenario = replace(scenario, requests=8, rate=2000.0, tokens=40)
         cells += take_turns(name, scenario, 1 if options.smoke else options.rounds)
-    if options.out and not options.smoke:
+    if options.out:
         record(options, cells)
     return 0
 
