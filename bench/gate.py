@@ -2,8 +2,8 @@
 
     python bench/gate.py                       CUDA, or the CPU where there is none
 
-fp32    the bundled model completes `--prompts` beginnings of the text, all in one batch, greedily: exactly the tokens of
-        transformers' generate(), one prompt at a time on the same device
+fp32    the bundled model completes `--prompts` beginnings of the text, all in one batch, greedily: exactly the
+        tokens of transformers' generate(), one prompt at a time on the same device
 bf16    a random gpt2-large: the parts of the positions of fp32's completions at which octavo and transformers in bf16
         find fp32's token the likeliest; octavo's may be lower by `--margin`. Greedy agreement is reported beside it:
         one near tie makes all later tokens differ there

@@ -67,7 +67,7 @@ run_part() {
     serve=(--concurrency 2 --rounds 1 --workloads 11/64)
     prefix=(--device cpu --dtype float32 --shape tiny --shared 64 --own 8 --new 4 --requests 4 --repeats 1 --threads 1)
     kernels=(norm --interpret)
-    ceilings=(bash -o pipefail -c 'ceilings_dry "$@"' ceilings)
+    ceilings=(bash +o pipefail -c 'ceilings_dry "$@"' ceilings)
   fi
   case $1 in
     tests) part 130 "kernels against their specification" bash -o pipefail -c 'kernel_tests "$@"' tests "${collect[@]}" ;;
