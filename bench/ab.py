@@ -4,11 +4,13 @@
     python bench/ab.py --repeats 11 ../other . step           in two folders, as they are
     python bench/ab.py main . my_timing.py --size 3           any program that prints a number
 
-A and B are folders, or commits, which are unpacked for the time of the run. The program (Python, with options of
-its own) runs in each of them with that version's packages first on the path: A B, B A, ... A bench by name gives the
-numbers of its records; any other program those of its last line, a number or a JSON object of numbers. For each number:
-medians, and the ratio B / A of the turns, its median with the bootstrap interval at 95 %. Where the interval contains 1
-the line says "noise". Peers' environments (.peers) are those of each folder; a commit has none.
+A and B are folders, or commits, which are unpacked for the time of the run. The program (Python, with options of its
+own) runs in each of them with that version's packages first on the path: A B, B A, ... A bench by name gives the
+numbers in its records; any other program those of its last line, a number or a JSON object of numbers.
+
+For each number: medians, and the median ratio B / A of the turns with its bootstrap interval at 95 %. Where that
+contains 1 the line says "noise"; of fewer than 6 turns it says nothing. Peers' environments (.peers) are those of each
+folder; a commit has none.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ import turns
 
 ROOT = Path(__file__).resolve().parents[1]
 Numbers = dict[str, float]
+FEWEST_TURNS = 6
+"""With fewer, the chance that all ratios lie on one side is over 5 % where there is no difference."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +176,9 @@ def compare(first: Sequence[Numbers], second: Sequence[Numbers]) -> list[dict[st
             ours, theirs = ([values[name] for values in side] for side in (first, second))
             ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
             low, high = turns.interval(ratios)
-            noise = low <= 1 <= high
+            noise = low <= 1 <= high if len(ratios) >= FEWEST_TURNS else None
             a, b, ratio = (statistics.median(values) for values in (ours, theirs, ratios))
-            end = "   noise" if noise else ""
+            end = {True: "   noise", False: "", None: "   too few turns to tell"}[noise]
             print(f"{name:<24}{a:>12.5g}{b:>12.5g}{ratio:>9.3f}   {low:.3f} to {high:.3f}{end}")
             sides = {"a": ours, "b": theirs}
             result = {"ratio": ratio, "interval": [low, high], "noise": noise}

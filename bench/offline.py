@@ -26,8 +26,8 @@ from workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENDERS_OF = {
-    "cuda": ["octavo", "vllm", "transformers", "transformers-continuous", "ctranslate2", "transformers-fp32"],
-    "cpu": ["octavo", "octavo-int8", "vllm", "transformers", "ctranslate2-int8", "transformers-fp32"],
+    "cuda": ["octavo", "vllm", "transformers", "transformers-continuous", "ctranslate2"],
+    "cpu": ["octavo", "octavo-int8", "vllm", "transformers", "ctranslate2-int8"],
 }
 PAIRS = [
     ("octavo", "vllm"),
@@ -57,10 +57,13 @@ def main() -> int:
     loads = [turns.Load(name, WORKLOADS[name].lengths(options.scale)) for name in options.workloads]
     checkpoint = prepare_checkpoint(options.shape)
     settings = Settings(options.threads, options.device, options.max_requests, options.kv_gib)
-    entries, absent = start(options.contenders, settings, checkpoint=checkpoint, peers=options.peers)
+    reference_only = turns.REFERENCE not in options.contenders
+    started = options.contenders + ([turns.REFERENCE] if reference_only and not options.no_check else [])
+    entries, absent = start(started, settings, checkpoint=checkpoint, peers=options.peers)
+    plan = turns.Plan(options.repeats, options.cell_seconds, reference_only=reference_only)
     try:
         announce(entries, absent)
-        cells = turns.measure(turns.Plan(options.repeats, options.cell_seconds), loads, entries, absent)
+        cells = turns.measure(plan, loads, entries, absent)
     finally:
         end(entries)
     ratios = turns.compare(cells, PAIRS)
@@ -86,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, help="of the number of requests; default: 1 on a GPU, else 1/64")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender on each workload")
     parser.add_argument("--cell-seconds", type=float, default=60.0, help="who has used as much takes no further turn")
+    parser.add_argument("--no-check", action="store_true", help="no comparison of tokens with transformers in fp32")
     parser.add_argument("--shape", help="tiny, gpt2, gpt2-medium, gpt2-large or gpt2-xl; default: gpt2-large or gpt2")
     parser.add_argument("--threads", type=int, default=0, help="OpenMP threads of each; 0: each system's own choice")
     parser.add_argument("--max-requests", type=int, default=0, help="sequences at once; 0: each system's own choice")

@@ -12,8 +12,8 @@ difference     mean over tokens of |log p under B - log p under A|, and the larg
 greedy         both complete the windows' beginnings by `--new` tokens: part of the tokens that are the same, and mean
                number of tokens before the first difference (`--new` where there is none)
 
-On CPUs without bf16 products the engine computes in float32 on weights stored in bfloat16: then the two default
-settings are the same where the checkpoint's weights are bfloat16, as the bundled ones are.
+On CPUs without bf16 products the engine computes in float32 on weights stored in bfloat16: then the two settings of
+the default are the same where the checkpoint's weights are bfloat16, as the bundled ones are.
 
 Records go to the end of bench/results/quality.jsonl.
 """

@@ -70,6 +70,8 @@ class Plan:
     """A contender that has used this much on a workload takes no further turn there."""
     mode_suffix: str = ""
     """Added to the modes of contenders that have one."""
+    reference_only: bool = False
+    """Whether the REFERENCE answers for the check and takes no turns."""
 
 
 def measure(plan: Plan, loads: Sequence[Load], entries: Mapping[str, Entry], absent: dict[str, str]) -> list[Cell]:
@@ -80,7 +82,8 @@ def measure(plan: Plan, loads: Sequence[Load], entries: Mapping[str, Entry], abs
         attempt(row, absent, lambda name, cell: warm_up(plan, cell, entries[name]))
         check_answers(plan, load, row, entries, absent)
         for turn in range(plan.repeats):
-            order = [*row][turn % max(1, len(row)) :] + [*row][: turn % max(1, len(row))]
+            names = [name for name in row if not (plan.reference_only and name == REFERENCE)]
+            order = names[turn % max(1, len(names)) :] + names[: turn % max(1, len(names))]
             due = {name: row[name] for name in order if sum(row[name].seconds) < plan.cell_seconds}
             attempt(due, absent, lambda name, cell, turn=turn: take_turn(plan, cell, entries[name], turn))
             rates = ", ".join(f"{name} {cell.output_rates[-1]:.0f}" for name, cell in due.items() if cell.seconds)

@@ -1,0 +1,50 @@
+"""bench/gpu.sh without a GPU: every part's command is right, and its limits hold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {"PYTHON": sys.executable, "OUT": str(out), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        ["bash", "bench/gpu.sh", *arguments],
+        cwd=ROOT,
+        env=os.environ | variables | environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_dry_run_of_every_part(tmp_path: Path) -> None:
+    done = run("--dry", out=tmp_path)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert done.stdout.count("\n== ") + done.stdout.startswith("== ") == 20, (
+        "ten parts, each with a beginning and a time"
+    )
+    written = {path.stem for path in tmp_path.iterdir()}
+    assert written == {"step", "offline", "serve", "prefix", "kernels"}
+
+
+def test_a_wrong_part_is_named_and_nothing_runs_without_a_gpu(tmp_path: Path) -> None:
+    done = run("--dry", "no-such", out=tmp_path)
+    assert done.returncode == 1 and "no part no-such" in done.stdout
+    assert run("step", out=tmp_path).returncode == 2
+
+
+@pytest.mark.slow
+def test_gate_passes_on_the_cpu_with_larger_batches() -> None:
+    command = [sys.executable, "bench/gate.py", "--device", "cpu", "--shape", "tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "32 of 32" in done.stdout and "passed" in done.stdout
