@@ -36,6 +36,7 @@ class Way:
     """How often all requests are run; the last run counts."""
     preempts: bool = False
     hits: bool = False
+    speculates: bool = False
 
 
 NO_CACHE = {"enable_prefix_caching": False}
@@ -45,7 +46,7 @@ WAYS = {
     "in chunks": Way({"max_num_requests": 64, "max_chunk_tokens": 7, "pipeline_depth": 0, **NO_CACHE}),
     "found in the cache": Way({"max_num_requests": 64, "num_blocks": 1000}, runs=2, hits=True),
     "speculated": Way(
-        {"max_num_requests": 64, "num_blocks": 1000, **NO_CACHE}, keywords={"prompt_lookup_num_tokens": 4}
+        {"max_num_requests": 64, "num_blocks": 1000, **NO_CACHE}, {"prompt_lookup_num_tokens": 4}, speculates=True
     ),
     "all of these": Way({"max_num_requests": 64, "num_blocks": 60, "max_chunk_tokens": 7}, preempts=True, hits=True),
 }
@@ -101,6 +102,7 @@ def test_tokens_and_logprobs_are_those_of_the_request_alone(name: str, requests,
                 np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-5, err_msg=str(request))
     assert (load.preemptions > 0) == way.preempts
     assert (load.prefix_cache_hits > 0) == way.hits
+    assert (load.accepted_tokens > 0) == way.speculates
 
 
 def test_the_requests_are_not_vacuous(requests, alone) -> None:
