@@ -16,8 +16,8 @@ from octavo.engine_core import process
 from octavo.engine_core.engine_core import EngineCore, Messages
 from octavo.ipc import StartCore
 from octavo.ipc_channel import Channel, die_with_parent, socket_of_child
-from octavo.step import ModelRunnerOutput, SchedulerOutput
-from octavo.types import EngineInfo, FinishReason
+from octavo.step import LogprobSpec, ModelRunnerOutput, SchedulerOutput
+from octavo.types import EngineInfo, FinishReason, GenerationParams
 
 CYCLE = 4000
 """Below the demo model's vocabulary and its end of sequence."""
@@ -78,6 +78,9 @@ class MockRunner:
             np.where(step.samples, np.int32(token), np.int32(-1)),
             np.where(ends, np.uint8(FinishReason.LENGTH), np.uint8(0)),
         )
+
+    def needs_host(self, params: GenerationParams, logprobs: LogprobSpec | None) -> bool:
+        return False
 
     def check_device(self) -> None: ...
 
