@@ -80,13 +80,12 @@ def rewritten(text: str, results: Path) -> str:
 
 
 def newest(path: Path) -> Run:
-    """Files of records have a "run" line and what belongs to it, or one line a run with a list of results."""
+    """The last "run" line and what follows it; or the last line, where a line is a run with its results."""
     lines: list[Record] = [json.loads(line) for line in path.read_text().splitlines()]
-    last = [line for line in lines if "results" in line or line["record"] == "run"][-1]
-    if "results" in last:
-        header = {name: value for name, value in last.items() if name != "results"}
-        return Run(header, [{"record": "result", **line} for line in last["results"]])
-    return Run(last, [line for line in lines if line["record"] != "run" and line.get("run") == last["time"]])
+    start = max(i for i, line in enumerate(lines) if "results" in line or line["record"] == "run")
+    header = {name: value for name, value in lines[start].items() if name != "results"}
+    results = [{"record": "result", **line} for line in lines[start].get("results", [])]
+    return Run(header, results + lines[start + 1 :])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -94,6 +93,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(record: Record, digits: int = 2) -> str:
+    if record.get("turns") == 1:
+        return f"{record['median']:.{digits}f} (one turn)"
     return f"{record['median']:.{digits}f} ({record['least']:.{digits}f} to {record['most']:.{digits}f})"
 
 
