@@ -14,9 +14,7 @@ from octavo.generation_table import (
     Ignored,
     Rejected,
     Supported,
-    entry_in_force,
 )
-from octavo.types import SUPPORTED_PARAMS
 
 HEAD: Final = """# Parameters of generation
 
@@ -48,20 +46,15 @@ top_h.
 
 def render() -> str:
     """The whole file."""
-    config = {name: entry_in_force(name, SUPPORTED_PARAMS) for name in CONFIG}
     parts = [
         HEAD,
-        *_section(f"The {len(CONFIG)} fields of GenerationConfig", config),
+        *_section(f"The {len(CONFIG)} fields of GenerationConfig", CONFIG),
         *_section("Arguments of generate()", GENERATE),
         *_section("Arguments of the text-generation pipeline", PIPELINE),
         "## Parameters that generate() does not have\n",
-        _table(("name", "meaning"), [(f"`{name}`", meaning) for name, meaning in _extensions()]),
+        _table(("name", "meaning"), [(f"`{name}`", meaning) for name, meaning in EXTENSIONS.items()]),
     ]
     return "\n".join(parts)
-
-
-def _extensions() -> list[tuple[str, str]]:
-    return [(name, meaning) for name, meaning in EXTENSIONS.items() if name in SUPPORTED_PARAMS]
 
 
 def _section(title: str, entries: dict[str, Entry]) -> list[str]:

@@ -1,15 +1,13 @@
 """What octavo does with every name of transformers' generate(): one line each, for the client, the docs and the gate.
 
 A name is Supported (and a test compares it with transformers), Ignored (no value of it can change a result here) or
-Rejected (any value but its neutral one is refused, with this message). A Supported field of GenerationConfig that
-`types.SUPPORTED_PARAMS` does not list yet is refused too: `entry_in_force` tells. Nothing of octavo is imported here,
-so that the client can use it. docs/generation.md is rendered from it; tests/test_generation_gate.py compares it with
-the installed transformers, and a name that is missing here fails.
+Rejected (any value but its neutral one is refused, with this message). Nothing of octavo is imported here, so that the
+client can use it. docs/generation.md is rendered from it; tests/test_generation_gate.py compares it with the installed
+transformers, and a name that is missing here fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,7 +35,6 @@ class Rejected:
 
 
 Entry = Supported | Ignored | Rejected
-NOT_YET: Final = "not implemented yet"
 
 _CACHE: Final = Ignored("there is one paged cache, and results do not depend on it")
 _FORWARD: Final = Ignored("says how transformers runs its forward pass")
@@ -233,11 +230,3 @@ EXTENSIONS: Final[dict[str, str]] = {
 """Parameters that generate() does not have."""
 
 TABLES: Final = (CONFIG, GENERATE, PIPELINE)
-
-
-def entry_in_force(name: str, supported_params: Collection[str]) -> Entry:
-    """Of a field of GenerationConfig: one that is not supported yet is rejected."""
-    entry = CONFIG[name]
-    if isinstance(entry, Supported) and not name.startswith("output_") and name not in supported_params:
-        return Rejected(NOT_YET)
-    return entry

@@ -163,63 +163,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     max_matching_ngram_size: int | None = None
 
 
-SUPPORTED_PARAMS: Final[frozenset[str]] = frozenset(
-    {
-        "max_new_tokens",
-        "max_length",
-        "min_new_tokens",
-        "min_length",
-        "eos_token_id",
-        "stop_token_ids",
-        "ignore_eos",
-        "stop_strings",
-        "stop_string_output",
-        "stop_strings_ignore_prompt",
-        "max_time",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "typical_p",
-        "top_h",
-        "epsilon_cutoff",
-        "eta_cutoff",
-        "seed",
-        "num_return_sequences",
-        "num_beams",
-        "length_penalty",
-        "early_stopping",
-        "repetition_penalty",
-        "encoder_repetition_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "frequency_penalty",
-        "presence_penalty",
-        "sequence_bias",
-        "logit_bias",
-        "bad_words_ids",
-        "bad_words",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "allowed_token_ids",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "exponential_decay_length_penalty",
-        "remove_invalid_values",
-        "renormalize_logits",
-        "guidance_scale",
-        "negative_prompt",
-        "watermarking_config",
-        "structured_output",
-        "bos_token_id",
-        "token_healing",
-        "prompt_lookup_num_tokens",
-        "max_matching_ngram_size",
-    }
-)
-"""Fields of GenerationParams that the engine honours. Any other that a request sets is UNSUPPORTED_FIELD, except at
-its neutral value where the wire has one (`prompt_lookup_num_tokens` = 0)."""
+PARAM_NAMES: Final = frozenset(GenerationParams.__struct_fields__)
 
 
 class Prompt(msgspec.Struct, frozen=True):

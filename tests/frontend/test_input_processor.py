@@ -14,7 +14,6 @@ from octavo.errors import Reason, RequestError
 from octavo.frontend.input_processor import InputProcessor
 from octavo.frontend.requests import ProcessedRequest
 from octavo.types import (
-    SUPPORTED_PARAMS,
     CacheOptions,
     EarlyStopping,
     GenerateRequest,
@@ -202,10 +201,6 @@ def test_all_violations_come_at_once_and_never_repeat_the_prompt() -> None:
         ]
     )
     assert "canary" not in str(error) + str(error.violations)
-
-
-def test_every_field_is_honoured() -> None:
-    assert set(GenerationParams.__struct_fields__) == SUPPORTED_PARAMS
 
 
 def test_neutral_values_are_accepted() -> None:

@@ -10,7 +10,7 @@ from octavo.checkpoint import resolve
 from octavo.errors import StartupError
 from octavo.frontend.defaults import checkpoint_params, default_params, resolve_params
 from octavo.frontend.model import FrontendModel
-from octavo.types import SUPPORTED_PARAMS, ExponentialDecay, GenerationParams, SequenceBias
+from octavo.types import PARAM_NAMES, ExponentialDecay, GenerationParams, SequenceBias
 
 
 def test_demo_resolves_to_the_defaults_of_generate() -> None:
@@ -122,7 +122,7 @@ def test_every_generation_config_field_of_transformers_is_known() -> None:
         if value is not None:
             checkpoint_params({name: value}, 50257)
     for name in vars(GenerationConfig()):
-        if name.startswith("_") or name in SUPPORTED_PARAMS:
+        if name.startswith("_") or name in PARAM_NAMES:
             continue
         assert is_known(name)
 

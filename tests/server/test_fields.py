@@ -89,7 +89,7 @@ def test_every_field_of_the_wire_has_a_namesake_in_our_types() -> None:
 def test_supported_fields_is_the_list_that_the_validator_uses() -> None:
     listed = fields.supported_fields()
     assert "params.top_p" in listed and "prompts.token_ids" in listed and "request_id" in listed
-    assert {name.split(".")[1] for name in listed if name.startswith("params.")} == types.SUPPORTED_PARAMS
+    assert {name.split(".")[1] for name in listed if name.startswith("params.")} == types.PARAM_NAMES
 
 
 def test_all_unknown_fields_are_told_at_once() -> None:

@@ -14,11 +14,11 @@ import msgspec
 from octavo.config import Limits
 from octavo.errors import RequestError, StartupError
 from octavo.frontend.param_checks import ParamChecker, check_token_rules
-from octavo.frontend.validation import UNSUPPORTED_NEUTRAL, Violations, show
+from octavo.frontend.validation import Violations, show
 from octavo.frontend.watermarks import resolve_watermark, watermark_of_file
 from octavo.generation_table import CONFIG, Ignored, Rejected
 from octavo.types import (
-    SUPPORTED_PARAMS,
+    PARAM_NAMES,
     EarlyStopping,
     ExponentialDecay,
     GenerationParams,
@@ -82,7 +82,7 @@ _EXTENSIONS: Final = frozenset(
     }
 )
 """Fields of GenerationParams that a GenerationConfig does not have."""
-_FILE_FIELDS: Final = SUPPORTED_PARAMS - _EXTENSIONS
+_FILE_FIELDS: Final = PARAM_NAMES - _EXTENSIONS
 _EMPTY_IS_UNSET: Final = frozenset(
     field.name for field in msgspec.structs.fields(GenerationParams) if field.default_factory is not msgspec.NODEFAULT
 )
@@ -119,16 +119,16 @@ def default_params(checkpoint: GenerationParams) -> GenerationParams:
     values = _set_fields(GLOBAL_DEFAULTS) | _set_fields(checkpoint)
     if "max_new_tokens" not in values and "max_length" not in values:
         values["max_new_tokens"] = DEFAULT_NEW_TOKENS
-    return complete(GenerationParams(**values))
+    return GenerationParams(**values)
 
 
 def resolve_params(request: GenerationParams, checkpoint: GenerationParams) -> GenerationParams:
-    """The supported fields with every default but the lengths' filled in. No checks; lengths stay as they were set.
+    """Every default but the lengths' filled in. No checks; lengths stay as they were set.
 
     Of the pairs max_new_tokens/max_length and min_new_tokens/min_length, one that the request sets replaces either of
     the checkpoint. `do_sample` is false at temperature 0, which is greedy.
     """
-    own = {name: value for name, value in _set_fields(request).items() if name in SUPPORTED_PARAMS}
+    own = _set_fields(request)
     inherited = _set_fields(checkpoint)
     for pair in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
         if any(name in own for name in pair):
@@ -141,12 +141,6 @@ def resolve_params(request: GenerationParams, checkpoint: GenerationParams) -> G
     if "watermarking_config" in values:
         values["watermarking_config"] = resolve_watermark(values["watermarking_config"])
     return GenerationParams(**values)
-
-
-def complete(params: GenerationParams) -> GenerationParams:
-    """With the values at which unsupported fields do nothing, for people to read."""
-    values = {name: value for name, value in UNSUPPORTED_NEUTRAL.items() if value is not None}
-    return GenerationParams(**(values | _set_fields(params)))
 
 
 def resolve_output(output: OutputOptions) -> OutputOptions:
@@ -234,8 +228,7 @@ def _is_neutral(name: str, value: Any) -> bool:
     entry = CONFIG.get(name)
     if entry is None or isinstance(entry, Ignored):
         return entry is not None
-    neutral = entry.neutral if isinstance(entry, Rejected) else UNSUPPORTED_NEUTRAL.get(name)
-    return value is False or value == [] or value == neutral
+    return value is False or value == [] or (isinstance(entry, Rejected) and value == entry.neutral)
 
 
 def _unusable(field: str, why: str) -> StartupError:

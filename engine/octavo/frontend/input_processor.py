@@ -18,7 +18,7 @@ import numpy as np
 from octavo.config import Limits
 from octavo.errors import Reason, RequestError
 from octavo.frontend.beams import check_engine_can_search, is_beam_search
-from octavo.frontend.defaults import complete, resolve_output, resolve_params, resolve_prompt_options
+from octavo.frontend.defaults import resolve_output, resolve_params, resolve_prompt_options
 from octavo.frontend.guidance import check_branches, check_engine_can_guide, is_guided
 from octavo.frontend.healing import Healing, TokenHealer
 from octavo.frontend.lengths import Context, LengthProblems, Lengths, resolve_lengths, truncate
@@ -361,7 +361,7 @@ class InputProcessor:
         return self._model.tokenizer.decode(prompt.token_ids, skip_special_tokens=skip)
 
     def _resolved(self, checked: CheckedRequest, prompts: list[list[int]], lengths: list[Lengths]) -> ResolvedOptions:
-        params = complete(checked.params)
+        params = checked.params
         new_tokens = {length.total - len(ids) for ids, length in zip(prompts, lengths, strict=True)}
         if params.max_length is None and len(new_tokens) == 1:
             params = msgspec.structs.replace(params, max_new_tokens=new_tokens.pop())

@@ -17,7 +17,6 @@ from octavo.frontend.validation import (
     check_ranges,
     check_strings,
     check_token_ids,
-    check_unsupported,
     param_ranges,
     show,
 )
@@ -45,7 +44,6 @@ class ParamChecker:
 
     def check(self, violations: Violations, params: GenerationParams) -> set[str]:
         """Returns the names of the numbers and booleans that are wrong."""
-        check_unsupported(violations, params)
         wrong = check_ranges(violations, "params", params, self._ranges)
         wrong |= check_bools(violations, "params", params, _BOOLS)
         self._check_ends(violations, params)

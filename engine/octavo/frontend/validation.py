@@ -16,7 +16,6 @@ import numpy as np
 
 from octavo.config import Limits
 from octavo.errors import FieldViolation, Reason, RequestError
-from octavo.types import SUPPORTED_PARAMS, EarlyStopping, GenerationParams
 
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9._:\-]{0,128}\Z")
 """Of request ids and cache salts."""
@@ -26,27 +25,21 @@ class Violations:
     """Collects what is wrong with a request, to tell all of it at once."""
 
     def __init__(self) -> None:
-        self._invalid: list[FieldViolation] = []
-        self._unsupported: list[FieldViolation] = []
+        self._found: list[FieldViolation] = []
 
     def __len__(self) -> int:
-        return len(self._invalid) + len(self._unsupported)
+        return len(self._found)
 
     def add(self, field: str, description: str) -> None:
-        self._invalid.append(FieldViolation(field, description))
-
-    def add_unsupported(self, field: str, description: str = "not implemented yet") -> None:
-        self._unsupported.append(FieldViolation(field, description))
+        self._found.append(FieldViolation(field, description))
 
     def raise_if_any(self) -> None:
-        """Raises RequestError: UNSUPPORTED_FIELD if nothing else is wrong, else INVALID_FIELD."""
-        everything = self._invalid + self._unsupported
-        if not everything:
+        """Raises RequestError (INVALID_FIELD)."""
+        if not self._found:
             return
-        reason = Reason.INVALID_FIELD if self._invalid else Reason.UNSUPPORTED_FIELD
-        first = everything[0]
-        more = f" (and {len(everything) - 1} more)" if len(everything) > 1 else ""
-        raise RequestError(reason, f"{first.field}: {first.description}{more}", violations=everything)
+        first = self._found[0]
+        more = f" (and {len(self._found) - 1} more)" if len(self._found) > 1 else ""
+        raise RequestError(Reason.INVALID_FIELD, f"{first.field}: {first.description}{more}", violations=self._found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +138,6 @@ SAMPLING_NEUTRAL: Final[dict[str, Any]] = {
 }
 """Fields that act only when sampling, and the values at which they do nothing (None: there is none)."""
 
-_NEUTRAL: Final[dict[str, Any]] = {
-    "num_beams": 1,
-    "length_penalty": 1,
-    "early_stopping": EarlyStopping.FALSE,
-    "guidance_scale": 1,
-    "token_healing": False,
-    "prompt_lookup_num_tokens": 0,
-    "max_matching_ngram_size": 2,
-}
-UNSUPPORTED_NEUTRAL: Final = {name: value for name, value in _NEUTRAL.items() if name not in SUPPORTED_PARAMS}
-"""Fields of GenerationParams that nothing honours yet, and the value that is honoured by doing nothing."""
-
 
 def check_ranges(violations: Violations, path: str, struct: Any, ranges: dict[str, Range]) -> set[str]:
     """Checks the numbers of `struct` that are set. Returns the names of those that are wrong."""
@@ -167,14 +148,6 @@ def check_ranges(violations: Violations, path: str, struct: Any, ranges: dict[st
             violations.add(f"{path}.{name}", problem)
             wrong.add(name)
     return wrong
-
-
-def check_unsupported(violations: Violations, params: GenerationParams) -> None:
-    """Fields that nothing honours, unless unset or at the value that does nothing."""
-    for name, neutral in UNSUPPORTED_NEUTRAL.items():
-        value = getattr(params, name)
-        if value is not None and value != neutral:
-            violations.add_unsupported(f"params.{name}")
 
 
 def check_token_ids(

@@ -14,31 +14,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from octavo_proto.v1 import generation_pb2 as pb
-from octavo_proto.v1 import types_pb2
 
 from octavo import types
 from octavo.errors import FieldViolation, Reason, RequestError
-
-_NEUTRAL: Final[dict[str, Any]] = {
-    "num_beams": 1,
-    "length_penalty": 1.0,
-    "early_stopping": types.EarlyStopping.FALSE,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "suppress_tokens": [],
-    "begin_suppress_tokens": [],
-    "forced_eos_token_id": [],
-    "remove_invalid_values": False,
-    "renormalize_logits": False,
-    "guidance_scale": 1.0,
-    "token_healing": False,
-    "prompt_lookup_num_tokens": 0,
-    "max_matching_ngram_size": 2,
-}
-"""Values of GenerationParams at which a field changes nothing, so that it may be set even where it is not supported."""
 
 STRUCTS: Final[dict[str, type[msgspec.Struct]]] = {
     "octavo.v1.GenerateRequest": types.GenerateRequest,
@@ -65,11 +43,6 @@ ENUMS: Final[dict[str, type[enum.IntEnum]]] = {
 }
 """Our type of each enum; numbers are the same and 0 is unset."""
 
-_UNSUPPORTED: Final[frozenset[str]] = frozenset(
-    f"params.{field.name}"
-    for field in types_pb2.GenerationParams.DESCRIPTOR.fields
-    if field.name not in types.SUPPORTED_PARAMS
-)
 _REQUIRED: Final[dict[str, list[str]]] = {
     name: [field.name for field in msgspec.structs.fields(struct) if field.required] for name, struct in STRUCTS.items()
 }
@@ -88,8 +61,6 @@ def _paths(descriptor: Any, path: str) -> list[str]:
     found: list[str] = []
     for field in descriptor.fields:
         name = path + field.name
-        if name in _UNSUPPORTED:
-            continue
         inner = field.message_type
         is_option_message = inner is not None and inner.full_name in STRUCTS
         found += _paths(inner, name + ".") if is_option_message else [name]
@@ -138,11 +109,7 @@ class _Reader:
         full_name = message.DESCRIPTOR.full_name
         values: dict[str, Any] = {name: self._default(message, name) for name in _REQUIRED[full_name]}
         for field, value in message.ListFields():
-            name = path + field.name
-            if name in _UNSUPPORTED:
-                self._check_neutral(field, value, name)
-            else:
-                values[field.name] = self._value(field, value, name)
+            values[field.name] = self._value(field, value, path + field.name)
         self.unsupported += [_unknown(path, number) for number in _unknown_numbers(message)]
         return STRUCTS[full_name](**values)
 
@@ -150,11 +117,6 @@ class _Reader:
     def _default(message: Message, name: str) -> Any:
         value = message.DESCRIPTOR.fields_by_name[name].default_value
         return [] if value == [] else value
-
-    def _check_neutral(self, field: FieldDescriptor, value: Any, name: str) -> None:
-        neutral = _NEUTRAL.get(field.name)
-        if neutral is None or self._value(field, value, name) not in (neutral, None):
-            self.unsupported.append(FieldViolation(name, "not implemented yet"))
 
     def _value(self, field: FieldDescriptor, value: Any, name: str) -> Any:
         inner = field.message_type

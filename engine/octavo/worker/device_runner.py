@@ -160,7 +160,7 @@ class DeviceRunner:
         if states.prompt_logprobs:
             starts = parts_of(layout.words, layout.shape).query_start_loc[layout.places]
             add_prompt_logprobs(states, self._model, step, starts, tensors.hidden, output)
-            samples &= states.finished[slots] == 0
+            samples = samples & (states.finished[slots] == 0)
         reads = self._start_reading(step, layout, tensors, samples, on_host)
         event = self._recorded_event()
 
