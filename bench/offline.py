@@ -21,7 +21,7 @@ from typing import Any
 
 import environment
 import turns
-from contenders import Settings, announce, described, end, names, prepare_checkpoint, start
+from contenders import Settings, names, prepare_checkpoint, start
 from workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +49,8 @@ H100_RATES = {
 """Tokens per second that octavo is meant to have with gpt2-large in bf16: output, for prefill total."""
 H100_RATIO = 1.5
 """Over vLLM, on each workload."""
+SETTINGS = ("shape", "scale", "repeats", "threads", "device", "max_requests", "kv_gib")
+"""Options that a record names."""
 
 
 def main() -> int:
@@ -61,21 +63,10 @@ def main() -> int:
     started = options.contenders + ([turns.REFERENCE] if reference_only and not options.no_check else [])
     entries, absent = start(started, settings, checkpoint=checkpoint, peers=options.peers)
     plan = turns.Plan(options.repeats, options.cell_seconds, reference_only=reference_only)
-    try:
-        announce(entries, absent)
-        cells = turns.measure(plan, loads, entries, absent)
-    finally:
-        end(entries)
-    ratios = turns.compare(cells, PAIRS)
-    turns.report(cells, ratios)
-    header = environment.describe() | environment.accelerator(options.device)
+    cells, ratios = turns.take(plan, loads, entries, absent, PAIRS)
+    header = turns.header(options, SETTINGS, entries, absent)
     verdicts = judge(header["device"], options, cells, ratios)
     if cells:
-        header["settings"] = {
-            name: getattr(options, name)
-            for name in ("shape", "scale", "repeats", "threads", "device", "max_requests", "kv_gib")
-        }
-        header |= {"contenders": described(entries), "absent": absent}
         turns.append(options.out, header, turns.records(cells, ratios) + verdicts)
     return 0 if any(cell.contender.startswith("octavo") for cell in cells) else 1
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import environment
 import turns
-from contenders import Settings, announce, described, end, names, prepare_checkpoint, start
+from contenders import Settings, names, prepare_checkpoint, start
 from offline import verdict, workloads
 from workloads import WORKLOADS
 
@@ -37,6 +37,8 @@ PAIRS = [
 ]
 OVER_GRPC = 0.9
 """Least ratio of octavo over gRPC to octavo in process that is meant to hold, on every workload."""
+SETTINGS = ("shape", "concurrency", "rounds", "repeats", "threads", "device", "kv_gib")
+"""Options that a record names."""
 
 
 def main() -> int:
@@ -48,21 +50,10 @@ def main() -> int:
     checkpoint = prepare_checkpoint(options.shape)
     entries, absent = start(options.contenders, settings, checkpoint=checkpoint, peers=options.peers)
     plan = turns.Plan(options.repeats, options.cell_seconds, f"@{options.concurrency}")
-    try:
-        announce(entries, absent)
-        cells = turns.measure(plan, loads, entries, absent)
-    finally:
-        end(entries)
-    ratios = turns.compare(cells, PAIRS)
-    turns.report(cells, ratios)
+    cells, ratios = turns.take(plan, loads, entries, absent, PAIRS)
     verdicts = judge(ratios)
     if cells:
-        header = environment.describe() | environment.accelerator(options.device)
-        header["settings"] = {
-            name: getattr(options, name)
-            for name in ("shape", "concurrency", "rounds", "repeats", "threads", "device", "kv_gib")
-        }
-        header |= {"contenders": described(entries), "absent": absent}
+        header = turns.header(options, SETTINGS, entries, absent)
         turns.append(options.out, header, turns.records(cells, ratios) + verdicts)
     return 0 if any(cell.contender.startswith("octavo-") for cell in cells) else 1
 

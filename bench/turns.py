@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import environment
-from contenders import Entry, WorkerError, agreement
+from contenders import Entry, WorkerError, agreement, announce, described, end
 from workloads import prompts
 
 WARM_UP_PROMPTS = 16
@@ -176,6 +177,39 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     medians = sorted(statistics.median(source.choices(values, k=len(values))) for _ in range(BOOTSTRAP))
     tail = round((1 - level) / 2 * BOOTSTRAP)
     return medians[tail], medians[-1 - tail]
+
+
+def take(
+    plan: Plan,
+    loads: Sequence[Load],
+    entries: dict[str, Entry],
+    absent: dict[str, str],
+    pairs: Sequence[tuple[str, str]],
+) -> tuple[list[Cell], list[dict[str, Any]]]:
+    """Measures, ends the workers whatever happens, and reports. Returns the cells and the ratios of the pairs."""
+    try:
+        announce(entries, absent)
+        cells = measure(plan, loads, entries, absent)
+    finally:
+        end(entries)
+    ratios = compare(cells, pairs)
+    report(cells, ratios)
+    return cells, ratios
+
+
+def header(
+    options: argparse.Namespace, settings: Sequence[str], entries: Mapping[str, Entry], absent: Mapping[str, str]
+) -> dict[str, Any]:
+    """Of a run's records: machine, device, the named options, who took part and who did not."""
+    return (
+        environment.describe()
+        | environment.accelerator(options.device)
+        | {
+            "settings": {name: getattr(options, name) for name in settings},
+            "contenders": described(entries),
+            "absent": absent,
+        }
+    )
 
 
 def report(cells: Sequence[Cell], ratios: Sequence[Mapping[str, Any]]) -> None:

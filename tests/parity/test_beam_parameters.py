@@ -26,7 +26,6 @@ from parity.beams import (
     beam_cases,
     differences,
     engine_params,
-    save_tiny_model,
     transformers_searches,
 )
 from parity.cases import Answer, Case
@@ -149,26 +148,19 @@ def search(rng: random.Random, sampling: dict[str, Any]) -> Case:
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def pairs() -> list[Pair]:
     return searches()
 
 
 @pytest.fixture(scope="module")
-def expected(path: Path, pairs: list[Pair]) -> list[Any]:
-    return transformers_searches(path, [pair.theirs for pair in pairs])
+def expected(tiny_path: Path, pairs: list[Pair]) -> list[Any]:
+    return transformers_searches(tiny_path, [pair.theirs for pair in pairs])
 
 
 @pytest.fixture(scope="module")
-def answers(path: Path, pairs: list[Pair]) -> list[Answer]:
+def answers(tiny_path: Path, pairs: list[Pair]) -> list[Answer]:
     config = EngineConfig(
-        model=ModelConfig(path=str(path), name="tiny", device="cpu", dtype="float32"),
+        model=ModelConfig(path=str(tiny_path), name="tiny", device="cpu", dtype="float32"),
         cache=CacheConfig(block_size=16, num_blocks=30),
         scheduler=SchedulerConfig(max_num_requests=48, max_chunk_tokens=7, pipeline_depth=1, max_queue_time=3600.0),
     )
@@ -186,11 +178,11 @@ def test_every_search_finds_what_transformers_finds_alone(pairs, answers, expect
     assert wrong == [], f"{len(wrong)} differences, first: {wrong[0]}"
 
 
-def test_each_parameter_changes_what_is_found(path, pairs, expected):
+def test_each_parameter_changes_what_is_found(tiny_path, pairs, expected):
     unmarked = [pair for pair in pairs if pair.name != "logprobs"]
     plain = [replace(pair.theirs, params=without(pair.theirs.params), stop=()) for pair in unmarked]
     found = [search for pair, search in zip(pairs, expected, strict=True) if pair.name != "logprobs"]
-    for pair, other, search in zip(unmarked, transformers_searches(path, plain), found, strict=True):
+    for pair, other, search in zip(unmarked, transformers_searches(tiny_path, plain), found, strict=True):
         assert search.sequences.tolist() != other.sequences.tolist(), pair.name
 
 
@@ -199,8 +191,8 @@ def without(params: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name not in ours}
 
 
-def test_logprobs_follow_the_ancestors_as_transition_scores_do(path, pairs, answers, expected):
-    model = GPT2LMHeadModel.from_pretrained(path)
+def test_logprobs_follow_the_ancestors_as_transition_scores_do(tiny_path, pairs, answers, expected):
+    model = GPT2LMHeadModel.from_pretrained(tiny_path)
     seen = set()
     for pair, answer, found in zip(pairs, answers, expected, strict=True):
         assert pair.ours.logprobs is not None

@@ -13,7 +13,7 @@ import torch
 from octavo import LLM
 from octavo.checkpoint import resolve
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from parity.beams import EOS, beam_cases, differences, engine_params, save_tiny_model, transformers_beams
+from parity.beams import EOS, beam_cases, differences, engine_params, transformers_beams
 from parity.cases import Answer, Case, transformers_answers
 from parity.engine import engine_answers
 
@@ -40,20 +40,13 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def cases() -> list[Case]:
     return beam_cases(seed=1)
 
 
 @pytest.fixture(scope="module")
-def expected(path: Path, cases: list[Case]) -> list[Answer]:
-    return transformers_beams(path, cases)
+def expected(tiny_path: Path, cases: list[Case]) -> list[Answer]:
+    return transformers_beams(tiny_path, cases)
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +61,16 @@ def ordinary() -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def ordinary_expected(path: Path, ordinary: list[Case]) -> list[Answer]:
-    return transformers_answers(path, ordinary)
+def ordinary_expected(tiny_path: Path, ordinary: list[Case]) -> list[Answer]:
+    return transformers_answers(tiny_path, ordinary)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_searches_among_other_requests_find_what_transformers_finds_alone(
-    setting: Setting, path, cases, expected, ordinary, ordinary_expected
+    setting: Setting, tiny_path, cases, expected, ordinary, ordinary_expected
 ):
     config = EngineConfig(
-        model=ModelConfig(path=str(path), name="tiny", device="cpu", dtype="float32"),
+        model=ModelConfig(path=str(tiny_path), name="tiny", device="cpu", dtype="float32"),
         cache=CacheConfig(
             block_size=setting.block_size,
             num_blocks=setting.num_blocks,
