@@ -45,7 +45,7 @@ def rejected_tokens_computed(patch: Patch) -> None:
 
 def runs_ahead(patch: Patch) -> None:
     """A sequence whose draft is in flight is scheduled again."""
-    patch.setattr(Drafts, "ready", lambda self, order: order)
+    patch.setattr(RunningBatch, "wait_for_tokens", lambda self, slot: None)
 
 
 def limit_ignored(patch: Patch) -> None:

@@ -186,7 +186,7 @@ def evicted_block_still_indexed(patch: Patch) -> None:
 
 def token_not_awaited(patch: Patch) -> None:
     """A request whose tokens the host chooses is scheduled while one is in flight."""
-    patch.setattr(RunningBatch, "wait_for_host", lambda self, slot: None)
+    patch.setattr(RunningBatch, "wait_for_tokens", lambda self, slot: None)
 
 
 MUTANTS = [

@@ -114,6 +114,7 @@ class Drafts:
         if self._enabled and request.spec.params.prompt_lookup_num_tokens:
             self._lookups[request.slot] = Lookup.of(request.spec)
             self._drafts[request.slot] = True
+            self._batch.wait_for_tokens(request.slot)  # what is drafted depends on them
             self._lengths[request.slot] = request.spec.params.prompt_lookup_num_tokens
 
     def remove(self, slot: int) -> None:
@@ -131,11 +132,6 @@ class Drafts:
             if (lookup := self._lookups.get(slot)) is not None:  # else the request has just failed
                 change = 2 if right[row] == len(draft) else -1
                 self._lengths[slot] = min(max(1, int(self._lengths[slot]) + change), lookup.num_tokens)
-
-    def ready(self, order: Int32s) -> Int32s:
-        """Those of the slots that may be scheduled: of one that drafts, all tokens have to be known."""
-        batch = self._batch
-        return order[~(self._drafts[order] & (batch.num_known[order] < batch.num_tokens[order]))]
 
     def add(self, plan: Plan) -> None:
         """Moves decode rows of the plan that have a draft to `plan.drafts`, as far as budget and blocks go."""

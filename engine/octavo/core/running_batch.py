@@ -41,9 +41,9 @@ class RunningBatch:
         self.length_is_context: Bools = np.zeros(size, np.bool_)
         self.is_beam: Bools = np.zeros(size, np.bool_)
         """A row of a beam search: scheduled with its siblings, its tokens known only from `BeamScheduler.advance`."""
-        self.needs_host: Bools = np.zeros(size, np.bool_)
+        self.waits: Bools = np.zeros(size, np.bool_)
         """Not scheduled while a token of it is in flight."""
-        self.num_needing_host = 0
+        self.num_waiting = 0
         """Slots for which that is so."""
         self._free_slots = list(range(size - 1, -1, -1))
         self._running: dict[int, None] = {}  # slots that may be scheduled, in order of admission
@@ -99,10 +99,10 @@ class RunningBatch:
         self.end_time[slot] = end_time
         self.num_timed += 1
 
-    def wait_for_host(self, slot: int) -> None:
-        """The slot's next step waits for the result of the last one (once per `add`)."""
-        self.needs_host[slot] = True
-        self.num_needing_host += 1
+    def wait_for_tokens(self, slot: int) -> None:
+        """The slot's next step waits for the result of the last one."""
+        self.num_waiting += not self.waits[slot]
+        self.waits[slot] = True
 
     def stop(self, slot: int) -> None:
         """The slot is not scheduled any more; it stays occupied until `remove`."""
@@ -120,8 +120,8 @@ class RunningBatch:
         request.slot = -1
         request.group.num_slots -= 1
         self.requests[slot] = None
-        self.num_needing_host -= int(self.needs_host[slot])
-        self.live[slot] = self.is_beam[slot] = self.needs_host[slot] = False
+        self.num_waiting -= int(self.waits[slot])
+        self.live[slot] = self.is_beam[slot] = self.waits[slot] = False
         self.num_timed -= int(self.end_time[slot] < np.inf)
         self.end_time[slot] = np.inf
         self._free_slots.append(slot)

@@ -262,10 +262,8 @@ class Scheduler:
         order = order[batch.num_tokens[order] < batch.max_total[order]]  # else its last token is in flight
         if self._beams:
             order = order[~batch.is_beam[order]]
-        if batch.num_needing_host:
-            order = order[~batch.needs_host[order] | (batch.num_known[order] == batch.num_tokens[order])]
-        if self.drafts:
-            order = self.drafts.ready(order)
+        if batch.num_waiting:
+            order = order[~batch.waits[order] | (batch.num_known[order] == batch.num_tokens[order])]
         computed = batch.num_computed[order]
         remaining = batch.num_tokens[order] - computed
         decodes = remaining == 1
@@ -381,7 +379,7 @@ class Scheduler:
         if request.spec.bypass_prefix_cache:
             self.kv.never_index(slot)
         if self._needs_host(request.spec.params, request.spec.logprobs):
-            self.batch.wait_for_host(slot)
+            self.batch.wait_for_tokens(slot)
         missing = request.num_tokens - num_cached
         count = min(missing, plan.budget, self.config.max_chunk_tokens or missing)
         blocks = self.kv.allocate_slots(slot, request.num_tokens)  # of all chunks, so that none is promised twice
