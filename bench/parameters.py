@@ -1,28 +1,38 @@
 """What each parameter costs: a step of a batch in which requests use it, beside a step of plain greedy ones.
 
-    python bench/parameters.py [--batch 64] [--users 64 1] [--rounds 5] [--steps 12] [--only top_p ...] [--out FILE]
+    python bench/parameters.py [--batch 64] [--rounds 5] [--steps 40] [--only top_p ...] [--out FILE]
 
-The whole engine core runs: scheduler, model, sampler. In every round each parameter has a turn right after a turn of
-plain greedy requests, or right before one; a turn is some steps in which every request decodes, and counts as its
-median step. A ratio is the median over the rounds, beside the least and the most; `nothing` is a plain turn beside a
-plain one. With one user in the batch, what the ratio has over that of `nothing` is paid for that row: the others pay
-nothing.
+Whole engine cores run (scheduler, model, sampler), five of them in this process, each with a batch of its own:
+
+plain         a batch of 64 plain greedy requests
+all           all 64 use the parameter
+one           one of the 64 uses it
+alone         one request, which uses it
+alone, plain  one plain request
+
+They take their steps in turns, so that a slow second of the machine is everybody's, and change places every round.
+Ratios are of the steps of one turn; `nothing` is all of this without any parameter.
+
+`others` is what the 63 plain requests pay because one beside them uses the parameter: what that one adds to the step
+beyond what it adds when alone, over a plain step: (one - plain - (alone - alone, plain)) / plain.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import environment
 import numpy as np
+import turns
 from octavo.checkpoint import resolve
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from octavo.engine_core.engine_core import EngineCore
@@ -37,6 +47,9 @@ EOS = 0
 ENDS = {"min_new_tokens", "min_length", "exponential_decay_length_penalty"}
 """What acts on end-of-sequence tokens only; all other requests have none, so that no sampled one ends a turn."""
 FRONTEND = 0
+MOST_STEPS_TO_FILL = 64
+WARM_UP = 3
+"""Steps in which all decode, before the first that counts."""
 SAMPLED: dict[str, Any] = {"do_sample": True, "top_k": 0}
 IDS = list(range(5, 205))
 
@@ -77,24 +90,60 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 """Name in the table -> fields of GenerationParams; `logprobs` is of the output's options."""
 
+Turn = dict[str, float]
+"""Role -> seconds of its step."""
+
+
+@dataclass(frozen=True)
+class Role:
+    requests: int
+    users: int
+    """Of them, those that use the parameter."""
+
+
+def roles(batch: int) -> dict[str, Role]:
+    return {
+        "plain": Role(batch, 0),
+        "all": Role(batch, batch),
+        "one": Role(batch, 1),
+        "alone": Role(1, 1),
+        "alone, plain": Role(1, 0),
+    }
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of the turns' values: their median, its bootstrap interval at 95 %, and where eight tenths of them lie."""
+
+    median: float
+    interval: tuple[float, float]
+    p10: float
+    p90: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        low, *_, high = statistics.quantiles(values, n=10) if len(values) > 1 else (values[0], values[0])
+        return Spread(statistics.median(values), turns.interval(values), low, high)
+
 
 @dataclass(frozen=True)
 class Result:
     parameter: str
-    users: int
-    """Requests of the batch that use it."""
-    ratio: float
-    """Step with it / plain greedy step."""
-    least: float
-    most: float
-    step_ms: float
+    plain_ms: float
+    all: Spread
+    """Steps in which all use it / plain steps."""
+    one: Spread
+    """Steps in which one uses it / plain steps."""
+    others: Spread
+    """Part of a plain step that the requests beside the one pay."""
 
 
-class Bench:
-    """An engine core that stays warm, and the turns on it."""
+class Lane:
+    """An engine core with a batch that decodes a step when told to."""
 
     def __init__(self, path: Path, batch: int, steps: int, threads: int) -> None:
-        blocks = 2 * batch * -(-(PROMPT_LEN + 64 + 2 * steps) // 16)
+        self._max_tokens = PROMPT_LEN + MOST_STEPS_TO_FILL + steps
+        blocks = 2 * batch * -(-self._max_tokens // 16)
         self._core = EngineCore(
             EngineConfig(
                 model=ModelConfig(path=str(path), name="bench", device="cpu", num_threads=threads),
@@ -105,31 +154,43 @@ class Bench:
         rng = random.Random(0)
         top = self._core.info.vocab_size
         self._prompts = [[rng.randrange(1, top) for _ in range(PROMPT_LEN)] for _ in range(batch)]
-        self._steps = steps
+        self._keys: list[int] = []
         self._next_key = 0
 
-    def turn(self, settings: dict[str, Any], users: int) -> float:
-        """Median seconds of a step in which every request decodes and `users` of them have these settings."""
-        first = self._next_key
-        self._next_key += len(self._prompts)
-        requests = [self._request(first + i, prompt, settings, i < users) for i, prompt in enumerate(self._prompts)]
-        core = self._core
-        core.handle(AddRequests(FRONTEND, requests))
-        seconds: list[float] = []
-        while len(seconds) < self._steps:
-            tokens, began = core.scheduler.meter.total.generation_tokens, time.perf_counter()
-            core.step()
-            elapsed = time.perf_counter() - began
-            assert core.has_work, "requests ended before their time"
-            if core.scheduler.meter.total.generation_tokens - tokens == len(requests):
-                seconds.append(elapsed)
-        core.handle(AbortSequences(FRONTEND, [request.key for request in requests], AbortCause.CLIENT))
-        while core.has_work:
-            core.step()
-        return statistics.median(seconds[1:] or seconds)
+    def fill(self, settings: dict[str, Any], role: Role) -> None:
+        """Admits the role's requests and lets all of them decode."""
+        self._keys = list(range(self._next_key, self._next_key + role.requests))
+        self._next_key += role.requests
+        requests = [
+            self._request(key, prompt, settings if i < role.users else {})
+            for i, (key, prompt) in enumerate(zip(self._keys, self._prompts, strict=False))
+        ]
+        self._core.handle(AddRequests(FRONTEND, requests))
+        decoded = 0
+        while decoded < WARM_UP:
+            decoded = decoded + 1 if self._step() == role.requests else 0
 
-    def _request(self, key: int, prompt: list[int], settings: dict[str, Any], uses: bool) -> EngineCoreRequest:
-        own = dict(settings) if uses else {}
+    def time_step(self) -> float:
+        """Seconds of a step in which every request gets a token."""
+        began = time.perf_counter()
+        num_tokens = self._step()
+        elapsed = time.perf_counter() - began
+        assert num_tokens == len(self._keys), "requests ended before their time"
+        return elapsed
+
+    def _step(self) -> int:
+        total = self._core.scheduler.meter.total
+        before = total.generation_tokens
+        self._core.step()
+        return total.generation_tokens - before
+
+    def empty(self) -> None:
+        self._core.handle(AbortSequences(FRONTEND, self._keys, AbortCause.CLIENT))
+        while self._core.has_work:
+            self._core.step()
+
+    def _request(self, key: int, prompt: list[int], settings: dict[str, Any]) -> EngineCoreRequest:
+        own = dict(settings)
         num_top = own.pop("logprobs", None)
         logprobs = None if num_top is None else LogprobSpec(num_top, LogprobKind.RAW_LOGPROB, [])
         return EngineCoreRequest(
@@ -137,7 +198,7 @@ class Bench:
             num_sequences=1,
             prompt_token_ids=np.array(prompt, np.int32).tobytes(),
             params=GenerationParams(**({"do_sample": False} | own)),
-            max_total_tokens=PROMPT_LEN + 64 + 2 * self._steps,
+            max_total_tokens=self._max_tokens,
             eos_token_ids=[EOS] if ENDS & own.keys() else [],
             stop_token_ids=[],
             seed=key,
@@ -149,37 +210,50 @@ class Bench:
         self._core.close()
 
 
-def measure(bench: Bench, names: list[str], users: list[int], rounds: int) -> list[Result]:
-    cells = [(name, count) for name in names for count in users]
-    ratios: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
-    times: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
-    for _ in range(2):
-        bench.turn({}, 0)
-    for i in range(rounds):
-        for name, count in cells[i % len(cells) :] + cells[: i % len(cells)]:
-            order = [0, count] if i % 2 else [count, 0]
-            seconds = {num_users: bench.turn(PARAMETERS[name], num_users) for num_users in order}
-            ratios[name, count].append(seconds[count] / seconds[0])
-            times[name, count].append(seconds[count])
-    return [
-        Result(
-            name,
-            count,
-            ratio=statistics.median(ratios[name, count]),
-            least=min(ratios[name, count]),
-            most=max(ratios[name, count]),
-            step_ms=1e3 * statistics.median(times[name, count]),
-        )
-        for name, count in cells
-    ]
+def measure(lanes: Sequence[Lane], batch: int, names: Sequence[str], rounds: int, steps: int) -> list[Result]:
+    found: dict[str, list[Turn]] = {name: [] for name in names}
+    for i in range(-1, rounds):  # the first for the caches
+        for name in names if i >= 0 else names[:1]:
+            taken = take_turns(lanes[i:] + lanes[:i], roles(batch), PARAMETERS[name], steps)
+            found[name] += taken if i >= 0 else []
+        print(f"round {i + 1} of {rounds}", file=sys.stderr)
+    return [result(name, found[name]) for name in names]
 
 
-def table(results: list[Result], users: list[int], batch: int) -> str:
-    head = ["parameter", *(f"{count} of {batch} use it: step / plain step [least, most]" for count in users)]
+def take_turns(lanes: Sequence[Lane], roles: dict[str, Role], settings: dict[str, Any], steps: int) -> list[Turn]:
+    """A step of every role in each turn; who comes first changes."""
+    cast = dict(zip(roles, lanes, strict=True))
+    for name, lane in cast.items():
+        lane.fill(settings, roles[name])
+    order = list(cast)
+    taken = []
+    for _ in range(steps):
+        order = order[1:] + order[:1]
+        taken.append({name: cast[name].time_step() for name in order})
+    for lane in lanes:
+        lane.empty()
+    return taken
+
+
+def result(name: str, taken: Sequence[Turn]) -> Result:
+    return Result(
+        name,
+        plain_ms=1e3 * statistics.median(turn["plain"] for turn in taken),
+        all=Spread.of([turn["all"] / turn["plain"] for turn in taken]),
+        one=Spread.of([turn["one"] / turn["plain"] for turn in taken]),
+        others=Spread.of(
+            [(turn["one"] - turn["plain"] - (turn["alone"] - turn["alone, plain"])) / turn["plain"] for turn in taken]
+        ),
+    )
+
+
+def table(results: Sequence[Result], batch: int) -> str:
+    head = ["parameter", f"all {batch} use it / plain [95 %]", "one uses it / plain [95 %]", "the others pay [95 %]"]
     lines = [head, ["---"] * len(head)]
-    for name in dict.fromkeys(result.parameter for result in results):
-        row = [result for result in results if result.parameter == name]
-        lines.append([name, *(f"{r.ratio:.3f} [{r.least:.3f}, {r.most:.3f}]" for r in row)])
+    for each in results:
+        ratios = [f"{s.median:.3f} [{s.interval[0]:.3f}, {s.interval[1]:.3f}]" for s in (each.all, each.one)]
+        low, high = each.others.interval
+        lines.append([each.parameter, *ratios, f"{each.others.median:+.1%} [{low:+.1%}, {high:+.1%}]"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -187,27 +261,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["demo", *SHAPES], default="demo", help="a model with random weights")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--users", type=int, nargs="+", default=[64, 1])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=40, help="of each role, a round")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=list(PARAMETERS), default=list(PARAMETERS), metavar="NAME")
     parser.add_argument("--out", type=Path, help="append records to this file, one JSON object a line")
     options = parser.parse_args()
-    users = [min(count, options.batch) for count in options.users]
     with tempfile.TemporaryDirectory() as folder:
         path = resolve("demo") if options.shape == "demo" else Path(folder) / options.shape
         if options.shape != "demo":
             make(path, options.shape)
-        bench = Bench(path, options.batch, options.steps, options.threads)
-        results = measure(bench, options.only, users, options.rounds)
-        bench.close()
-    print(table(results, users, options.batch))
+        lanes = [Lane(path, options.batch, options.steps, options.threads) for _ in roles(options.batch)]
+        results = measure(lanes, options.batch, options.only, options.rounds, options.steps)
+        for lane in lanes:
+            lane.close()
+    print(table(results, options.batch))
     if options.out is not None:
-        run = environment.describe() | {"shape": options.shape, "batch": options.batch, "rounds": options.rounds}
-        with options.out.open("a") as file:
-            for record in ({"record": "run", **run}, *({"record": "parameter", **asdict(r)} for r in results)):
-                print(json.dumps(record), file=file)
+        settings = {name: getattr(options, name) for name in ("shape", "batch", "rounds", "steps")}
+        lines = [{"record": "parameter", **asdict(each)} for each in results]
+        turns.append(str(options.out), environment.describe() | settings, lines)
 
 
 if __name__ == "__main__":
