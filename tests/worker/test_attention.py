@@ -10,12 +10,20 @@ from octavo.config import CacheConfig, SchedulerConfig
 from octavo.errors import StartupError
 from octavo.worker.kv_cache import CPU_MEMORY, PADDING_ROWS, KVCache, num_blocks_that_fit, step_memory
 from octavo_kernels import reference
+from octavo_kernels.cpu import native_attention
 from octavo_kernels.cpu.attention import PagedAttention
+from octavo_kernels.cpu.native_attention import NativeAttention
 from octavo_kernels.state import SlotState
 
 HEADS, SIZE = 3, 32
 WIDTH = HEADS * SIZE
 CPU = torch.device("cpu")
+
+
+KERNELS = [PagedAttention]
+if native_attention.supports(torch.float32, SIZE):
+    KERNELS.append(NativeAttention)
+each_kernel = pytest.mark.parametrize("kind", KERNELS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,13 +67,15 @@ def positions_of(query_start_loc, seq_lens):
     return torch.from_numpy(np.concatenate([np.arange(seq_len - size, seq_len) for size, seq_len in rows]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize(("num_rows", "num_decode_rows"), [(1, 1), (1, 0), (40, 40), (5, 0), (23, 17)])
-def test_write_and_attend_equal_the_reference(num_rows, num_decode_rows, block_size, dtype):
+def test_write_and_attend_equal_the_reference(num_rows, num_decode_rows, block_size, dtype, kind):
     rng = np.random.default_rng(num_rows)
-    kernel = PagedAttention(HEADS, SIZE, block_size, dtype)
-    kernel.blocks_per_group = 6  # several groups, padded ones among them
+    kernel = kind(HEADS, SIZE, block_size, dtype)
+    if kind is PagedAttention:
+        kernel.blocks_per_group = 6  # several groups, padded ones among them
     for longest in (block_size // 2, 5 * block_size):
         loc, seq_lens, tables, slots, num_blocks = random_step(rng, num_rows, num_decode_rows, block_size, longest)
         expected_cache = torch.full((2, num_blocks, HEADS, block_size, SIZE), math.nan, dtype=dtype)
@@ -105,8 +115,9 @@ def test_entering_a_block_zeroes_what_its_last_owner_left():
     assert bool(cache[:, :2].isnan().all())
 
 
-def test_a_row_that_is_not_finite_stays_alone():
-    kernel = PagedAttention(HEADS, SIZE, 16, torch.bfloat16)
+@each_kernel
+def test_a_row_that_is_not_finite_stays_alone(kind):
+    kernel = kind(HEADS, SIZE, 16, torch.bfloat16)
     cache = torch.zeros(2, 4, HEADS, 16, SIZE, dtype=torch.bfloat16)
     qkv = torch.ones(2, 3 * WIDTH)
     qkv[0] = math.nan
@@ -118,9 +129,10 @@ def test_a_row_that_is_not_finite_stays_alone():
     assert bool(torch.isfinite(found[1]).all())
 
 
-def test_rows_may_share_blocks():
+@each_kernel
+def test_rows_may_share_blocks(kind):
     rng = np.random.default_rng(0)
-    kernel = PagedAttention(HEADS, SIZE, 16, torch.float32)
+    kernel = kind(HEADS, SIZE, 16, torch.float32)
     cache = torch.from_numpy(rng.standard_normal((2, 5, HEADS, 16, SIZE)).astype(np.float32))
     tables, lens = np.array([[1, 2], [1, 3], [1, 4]], np.int32), np.array([20, 20, 31], np.int32)
     loc, slots = np.arange(4, dtype=np.int32), np.array([35, 51, 78])

@@ -6,7 +6,9 @@ from typing import Any, Protocol
 
 import torch
 from octavo_kernels import reference
+from octavo_kernels.cpu import native_attention
 from octavo_kernels.cpu.attention import AttentionPlan, PagedAttention
+from octavo_kernels.cpu.native_attention import NativeAttention, NativePlan
 from torch import Tensor
 
 from octavo.checkpoint import ModelSpec
@@ -15,8 +17,9 @@ from octavo.worker.kv_cache import KVCache
 
 
 class Attention(Protocol):
-    name: str
-    """For EngineInfo.attention_backend."""
+    @property
+    def name(self) -> str:
+        """For EngineInfo.attention_backend."""
 
     def plan(self, batch: InputBatch, kv_cache: KVCache) -> Any:
         """Whatever `run` needs to know about the batch and can share among layers."""
@@ -26,17 +29,20 @@ class Attention(Protocol):
 
 
 class CpuAttention:
-    name = "cpu-paged-flash"
+    """By the C kernels, where the machine has a compiler; else by torch's operators."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
-        self._kernel: PagedAttention | None = None  # made at the first step: only the cache knows its block size
+        self._kernel: PagedAttention | NativeAttention | None = None  # made at the first step, for the cache it has
 
-    def plan(self, batch: InputBatch, kv_cache: KVCache) -> AttentionPlan:
+    @property
+    def name(self) -> str:
+        return "cpu-native" if native_attention.supports(torch.float32, self._spec.head_size) else "cpu-paged-flash"
+
+    def plan(self, batch: InputBatch, kv_cache: KVCache) -> AttentionPlan | NativePlan:
         kernel = self._kernel
         if kernel is None or (kernel.block_size, kernel.cache_dtype) != (kv_cache.block_size, kv_cache.dtype):
-            kernel = PagedAttention(self._spec.n_head, self._spec.head_size, kv_cache.block_size, kv_cache.dtype)
-            self._kernel = kernel
+            kernel = self._kernel = self._kernel_for(kv_cache)
         return kernel.plan(
             kv_cache.num_blocks + 1,
             batch.slot_mapping.numpy(),
@@ -46,16 +52,22 @@ class CpuAttention:
             batch.num_decode_rows,
         )
 
-    def run(self, plan: AttentionPlan, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
+    def _kernel_for(self, kv_cache: KVCache) -> PagedAttention | NativeAttention:
+        spec = self._spec
+        native = native_attention.supports(kv_cache.dtype, spec.head_size)
+        kind = NativeAttention if native else PagedAttention
+        return kind(spec.n_head, spec.head_size, kv_cache.block_size, kv_cache.dtype)
+
+    def run(self, plan: Any, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
         assert self._kernel is not None
         self._kernel.write(plan, qkv, layer_cache)
-        return self._kernel.attend(plan, qkv, layer_cache, scale).to(qkv.dtype)
+        return self._kernel.attend(plan, qkv, layer_cache, scale)
 
 
 class TorchAttention:
     """The reference ops, on any device."""
 
-    name = "torch"
+    name: str = "torch"
 
     def __init__(self, spec: ModelSpec) -> None:
         self._upcast = spec.reorder_and_upcast_attn

@@ -105,7 +105,7 @@ class PagedAttention:
             entered_blocks=self._entered_blocks(query_start_loc, seq_lens, block_tables),
             decode_groups=self._decode_groups(num_blocks, seq_lens[:num_decode_rows], block_tables),
             prefill_rows=[
-                self._prefill_row(
+                self.prefill_row(
                     num_blocks, int(query_start_loc[r]), int(query_start_loc[r + 1]), int(seq_lens[r]), block_tables[r]
                 )
                 for r in range(num_decode_rows, len(seq_lens))
@@ -166,7 +166,7 @@ class PagedAttention:
         index = self._cache_index(num_blocks, tables)
         return DecodeGroup(len(rows), None if everyone else torch.from_numpy(rows), index, mask)
 
-    def _prefill_row(self, num_blocks: int, start: int, end: int, seq_len: int, block_table: Int32s) -> PrefillRow:
+    def prefill_row(self, num_blocks: int, start: int, end: int, seq_len: int, block_table: Int32s) -> PrefillRow:
         num_context = seq_len - (end - start)
         if num_context == 0:
             return PrefillRow(start, end, 0, None)
@@ -189,33 +189,36 @@ class PagedAttention:
 
     def attend(self, plan: AttentionPlan, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
         """`reference.paged_attention`, after `write`. Any float type; everything inside is fp32."""
-        num_tokens = qkv.shape[0]
-        qkv = qkv.float().view(num_tokens, 3, self.num_heads, self.head_size)
-        output = torch.empty(num_tokens, self.num_heads, self.head_size)
+        output = qkv.new_empty(len(qkv), self.num_heads * self.head_size)
         for group in plan.decode_groups:
             self._decode(group, qkv, layer_cache, scale, output)
         for row in plan.prefill_rows:
-            self._prefill(row, qkv, layer_cache, scale, output)
-        return output.view(num_tokens, -1)
+            self.prefill(row, qkv, layer_cache, scale, output)
+        return output
 
     def _decode(self, group: DecodeGroup, qkv: Tensor, layer_cache: Tensor, scale: float, output: Tensor) -> None:
         keys, values = self._gather(layer_cache, group.cache_index, group.num_rows)
-        query = qkv[: group.num_rows, 0] if group.rows is None else qkv[:, 0].index_select(0, group.rows)
-        attended = flash_attention(query.unsqueeze(2), keys, values, 0.0, False, attn_mask=group.mask, scale=scale)[0]
+        query = qkv[:, : output.shape[1]]
+        query = query[: group.num_rows] if group.rows is None else query.index_select(0, group.rows)
+        query = query.float().view(-1, self.num_heads, 1, self.head_size)
+        attended = flash_attention(query, keys, values, 0.0, False, attn_mask=group.mask, scale=scale)[0]
+        attended = attended.reshape(group.num_rows, -1)
         if group.rows is None:
-            output[: group.num_rows] = attended.squeeze(2)
+            output[: group.num_rows] = attended
         else:
-            output.index_copy_(0, group.rows, attended.squeeze(2))
+            output.index_copy_(0, group.rows, attended.to(output.dtype))
 
-    def _prefill(self, row: PrefillRow, qkv: Tensor, layer_cache: Tensor, scale: float, output: Tensor) -> None:
-        """Attention within the chunk and over the context before it, merged by the logs of their sums."""
-        query, key, value = qkv[row.start : row.end].permute(1, 2, 0, 3).unsqueeze(1)  # [1, H, T, D] each
+    def prefill(self, row: PrefillRow, qkv: Tensor, layer_cache: Tensor, scale: float, output: Tensor) -> None:
+        """Attention within the chunk and over the context before it, merged by the logs of their sums. Writes the
+        chunk's lines of `output`, [T, E]."""
+        lines = qkv[row.start : row.end].float().view(-1, 3, self.num_heads, self.head_size)
+        query, key, value = lines.permute(1, 2, 0, 3).unsqueeze(1)  # [1, H, T, D] each
         attended, log_sum = flash_attention(query, key, value, 0.0, True, scale=scale)
         if row.cache_index is not None:
             keys, values = self._gather(layer_cache, row.cache_index, 1)[:, :, :, : row.num_context]
             before, log_sum_before = flash_attention(query, keys, values, 0.0, False, scale=scale)
             attended = torch.lerp(attended, before, torch.sigmoid(log_sum_before - log_sum).unsqueeze(3))
-        output[row.start : row.end] = attended.squeeze(0).transpose(0, 1)
+        output[row.start : row.end] = attended.squeeze(0).transpose(0, 1).flatten(1)
 
     def _gather(self, layer_cache: Tensor, cache_index: Tensor, num_rows: int) -> Tensor:
         """Keys and values in the workspace, fp32 [2, num_rows, H, B * S, D]; valid until the next call."""

@@ -6,9 +6,14 @@ Measured, gpt2-small's 49 matrices on 2 cores with AVX2 only (Zen 3), ms per pas
     oneDNN fp32, packed      33.0 /  83 / 232        int8 dynamic        11.0 /  27 /  105
     fbgemm fp16 weights      16.7 /  57 / 202
 
-oneDNN's bf16 product needs AVX-512 and is fast where the CPU multiplies bf16 itself (10.2 / 18.9 / 54 there). Elsewhere
-16-bit weights are kept as fp16 and multiplied in fp32: they fit, since bf16 has fewer mantissa bits, and activations
-lose nothing. oneDNN's fp32 product gives a row the same bits whatever the number of rows.
+Where the CPU multiplies bf16 itself (AVX512_BF16; Zen 4), ms per pass with 2 threads at 1 / 4 / 16 / 64 / 256 rows:
+
+    oneDNN bf16, packed      10.4 / 9.1 / 14.8 / 41.4 / 149      F.linear bf16     15.5 / 17.0 / 23.8 / 50.4 / -
+    native/linear.c           6.3 / 7.1 / 13.0 / 41.4 / 171      int8 dynamic       6.0 /  6.1 /  9.0 / 26.0 / -
+
+Elsewhere 16-bit weights are kept as fp16 and multiplied in fp32: they fit, since bf16 has fewer mantissa bits, and
+activations lose nothing. oneDNN's fp32 product gives a row the same bits whatever the number of rows, and so does
+native/linear.c.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo_kernels.activations import ACTIVATIONS, Activation, gelu_tanh, identity
+from octavo_kernels.cpu import native
 
 FP16_MAX: Final = 65504.0
 ONEDNN_EPILOGUES: Final[dict[str, tuple[str, str]]] = {
@@ -46,6 +52,8 @@ SIGMOID_GELU_ROWS: Final = 4
 
 
 class LinearKind(enum.StrEnum):
+    NATIVE = "native"
+    """bf16 weights and activations, by octavo's own kernel."""
     ONEDNN = "onednn"
     """Packed by oneDNN in the model's type: fp32, or bf16."""
     FP16 = "fp16"
@@ -74,7 +82,8 @@ def choose_kind(dtype: torch.dtype, quantization: str | None) -> LinearKind:
     if dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return LinearKind.ONEDNN
     if dtype == torch.bfloat16 and has_native_bf16():
-        return LinearKind.ONEDNN
+        library = native.library()
+        return LinearKind.NATIVE if library is not None and library.octavo_has_linear() else LinearKind.ONEDNN
     return LinearKind.FP16 if dtype != torch.float32 and has_fbgemm else LinearKind.PLAIN
 
 
@@ -91,7 +100,9 @@ def activation_dtype(kind: LinearKind, dtype: torch.dtype) -> torch.dtype:
 
 def pack(weight: Tensor, bias: Tensor | None, kind: LinearKind, activation: str | None = None) -> Linear:
     """Prepares a layer. weight: [O, K] of any float type and strides; bias: [O]. Nothing of `weight` is kept."""
-    if kind == LinearKind.ONEDNN:
+    if kind == LinearKind.NATIVE and weight.shape[1] % 2 == 0:
+        return NativeLinear(weight, bias, activation)
+    if kind in (LinearKind.NATIVE, LinearKind.ONEDNN):
         return OnednnLinear(weight, bias, activation)
     if kind == LinearKind.INT8:
         return Int8Linear(weight, bias, activation)
@@ -131,6 +142,39 @@ class OnednnLinear:
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
         y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.attribute, [], self.algorithm)
+        return self.activation(y)
+
+
+class NativeLinear:
+    """bf16 weights in the strips of native/linear.c; bias, tanh gelu and residual inside the product. x: bf16."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+        weight = weight.to(torch.bfloat16).contiguous()
+        self._library = native.loaded()
+        self.outputs, self.inputs = weight.shape
+        self.weight = torch.empty(self._library.octavo_packed_size(*weight.shape), dtype=torch.bfloat16)
+        self._library.octavo_pack(self.weight.data_ptr(), weight.data_ptr(), *weight.shape)
+        self.bias = None if bias is None else bias.to(torch.bfloat16).contiguous()
+        fused = activation is not None and ACTIVATIONS[activation] is gelu_tanh
+        self._epilogue = native.ACTIVATIONS["gelu_tanh" if fused else None]
+        self.activation = identity if fused else unfused(activation)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = x.contiguous()
+        y = x.new_empty(len(x), self.outputs)
+        assert x.dtype == torch.bfloat16 and (residual is None or residual.is_contiguous())
+        self._library.octavo_linear(
+            y.data_ptr(),
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            len(x),
+            self.weight.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            self.outputs,
+            self.inputs,
+            self._epilogue,
+            torch.get_num_threads(),
+        )
         return self.activation(y)
 
 

@@ -1,0 +1,131 @@
+/* Vectors of 16 floats, loaded from and stored to fp32, bf16 or fp16. GCC and Clang; any machine, wide ones at once. */
+#ifndef OCTAVO_FLOATS_H
+#define OCTAVO_FLOATS_H
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+
+enum type { FP32 = 0, BF16 = 1, FP16 = 2 }; /* as in native.py */
+
+typedef float vec __attribute__((vector_size(64)));
+typedef uint32_t bits __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef _Float16 fp16s __attribute__((vector_size(32)));
+
+INLINE int size_of(int type) { return type == FP32 ? 4 : 2; }
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+
+/* What compilers make of __builtin_convertvector on x86 is several times slower. */
+INLINE bits widen(halves x) {
+#if defined(__AVX512F__)
+    return (bits)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return __builtin_convertvector(x, bits);
+#endif
+}
+
+INLINE halves narrow(bits x) {
+#if defined(__AVX512F__)
+    return (halves)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return __builtin_convertvector(x, halves);
+#endif
+}
+
+INLINE vec load(const void *from, int type) {
+    if (type == FP32) {
+        vec x;
+        memcpy(&x, from, sizeof x);
+        return x;
+    }
+    if (type == FP16) {
+#if defined(__AVX512F__)
+        return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(from));
+#else
+        fp16s x;
+        memcpy(&x, from, sizeof x);
+        return __builtin_convertvector(x, vec);
+#endif
+    }
+    halves x;
+    memcpy(&x, from, sizeof x);
+    return (vec)(widen(x) << 16);
+}
+
+/* Rounds to nearest, ties to even; NaN stays NaN. */
+INLINE void store(void *to, vec x, int type) {
+    if (type == FP32) {
+        memcpy(to, &x, sizeof x);
+    } else if (type == FP16) {
+#if defined(__AVX512F__)
+        _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+        fp16s y = __builtin_convertvector(x, fp16s);
+        memcpy(to, &y, sizeof y);
+#endif
+    } else {
+        bits b = (bits)x;
+        bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+        bits nan = (bits)((b & 0x7fffffff) > 0x7f800000);
+        halves y = narrow((nan & 0x7fc0) | (~nan & rounded));
+        memcpy(to, &y, sizeof y);
+    }
+}
+
+/* The first `count` of 16 lanes; the others are 0. */
+INLINE vec load_part(const void *from, int count, int type) {
+    char whole[sizeof(vec)] = {0};
+    memcpy(whole, from, (size_t)count * size_of(type));
+    return load(whole, type);
+}
+
+INLINE void store_part(void *to, vec x, int count, int type) {
+    char whole[sizeof(vec)];
+    store(whole, x, type);
+    memcpy(to, whole, (size_t)count * size_of(type));
+}
+
+INLINE float sum(vec x) {
+    typedef float vec8 __attribute__((vector_size(32)));
+    typedef float vec4 __attribute__((vector_size(16)));
+    vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    vec4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+INLINE vec choose(ints condition, vec yes, vec no) {
+    return (vec)(((bits)condition & (bits)yes) | (~(bits)condition & (bits)no));
+}
+
+/* e^x within 2 ulp (Cephes' polynomial); 0 below -87, inf above 88, NaN for NaN. */
+INLINE vec exponential(vec x) {
+    vec bounded = choose(x > 88.0f, splat(88.0f), x);
+    bounded = choose(bounded < -87.0f, splat(-87.0f), bounded);
+    vec shifted = bounded * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the integer is in the low bits */
+    vec n = shifted - 12582912.0f;
+    vec r = bounded - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vec scale = (vec)(((ints)shifted << 23) + 0x3f800000);
+    vec y = p * scale;
+    y = choose(x < -87.0f, splat(0.0f), y);
+    y = choose(x > 88.0f, splat(__builtin_inff()), y);
+    return choose(x != x, x, y);
+}
+
+#endif

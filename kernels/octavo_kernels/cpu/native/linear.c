@@ -1,0 +1,103 @@
+/* Products of bf16 activations with bf16 weights, where the processor multiplies bf16 itself (AVX512_BF16).
+
+   Weights are packed in strips of 48 outputs: [ceil(O / 48), K / 2, 48, 2], zeros after the last output. Products are
+   exact and sums are in fp32, in the order of K for every output: a row's result does not depend on other rows. */
+#include "floats.h"
+
+#define VECTORS 3 /* of outputs in a strip; with 8 rows they fill 24 of 32 registers */
+#define STRIP (VECTORS * LANES)
+#define AHEAD 16 /* inputs: where several rows use a strip, it is fetched from the second-level cache this early */
+
+enum activation { NONE = 0, GELU_TANH = 1 }; /* as in __init__.py */
+
+int octavo_has_linear(void) {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+int64_t octavo_packed_size(int64_t outputs, int64_t inputs) { return (outputs + STRIP - 1) / STRIP * STRIP * inputs; }
+
+/* weight: [O, K], K even; to: octavo_packed_size(O, K) numbers. */
+void octavo_pack(uint16_t *to, const uint16_t *weight, int64_t outputs, int64_t inputs) {
+    for (int64_t o = 0; o < (outputs + STRIP - 1) / STRIP * STRIP; o++) {
+        uint16_t *strip = to + o / STRIP * STRIP * inputs + o % STRIP * 2;
+        for (int64_t k = 0; k < inputs; k++) strip[k / 2 * 2 * STRIP + k % 2] = o < outputs ? weight[o * inputs + k] : 0;
+    }
+}
+
+#if defined(__AVX512BF16__)
+
+struct layer {
+    const uint16_t *weight, *bias; /* packed; [O] or NULL */
+    int64_t outputs, inputs;
+    int activation;
+};
+
+INLINE vec gelu_tanh(vec x) {
+    vec inner = x * (1.5957691216f + 0.0713548163f * x * x); /* 2 * sqrt(2 / pi) * (x + 0.044715 * x^3) */
+    return x / (1.0f + exponential(-inner));
+}
+
+/* Bias, activation, residual, for 16 outputs of a row, or fewer at the end. */
+INLINE void finish(uint16_t *to, vec x, const struct layer *l, int64_t output, const uint16_t *residual) {
+    int count = l->outputs - output < LANES ? (int)(l->outputs - output) : LANES;
+    if (count <= 0) return;
+    if (l->bias) x += load_part(l->bias + output, count, BF16);
+    if (l->activation == GELU_TANH) x = gelu_tanh(x);
+    if (residual) x += load_part(residual, count, BF16);
+    store_part(to, x, count, BF16);
+}
+
+/* Some rows by a strip, in registers over all of K. */
+INLINE void tile(uint16_t *to, const uint16_t *x, const uint16_t *residual, const struct layer *l, int64_t strip,
+                 int rows) {
+    __m512 sums[8][VECTORS];
+    int64_t inputs = l->inputs;
+    const uint16_t *weight = l->weight + strip * STRIP * inputs;
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < inputs; k += 2, weight += 2 * STRIP) {
+        __m512bh columns[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            columns[v] = (__m512bh)_mm512_loadu_si512(weight + 2 * v * LANES);
+            if (rows == 8) __builtin_prefetch(weight + 2 * v * LANES + AHEAD * STRIP);
+        }
+        for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, x + r * inputs + k, sizeof pair);
+            for (int v = 0; v < VECTORS; v++)
+                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)_mm512_set1_epi32(pair), columns[v]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECTORS; v++) {
+            int64_t output = strip * STRIP + v * LANES, at = r * l->outputs + output;
+            finish(to + at, (vec)sums[r][v], l, output, residual ? residual + at : 0);
+        }
+}
+
+/* to = activation(x @ weight.T + bias) + residual. x: [M, K], to and residual: [M, O], bf16; residual may be `to`. */
+void octavo_linear(uint16_t *to, const uint16_t *x, const uint16_t *residual, int64_t num_rows, const uint16_t *weight,
+                   const uint16_t *bias, int64_t outputs, int64_t inputs, int activation, int num_threads) {
+    struct layer l = {weight, bias, outputs, inputs, activation};
+    int64_t num_strips = (outputs + STRIP - 1) / STRIP;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
+    for (int64_t strip = 0; strip < num_strips; strip++) {
+        int64_t r = 0;
+#define TILE(rows) tile(to + r * outputs, x + r * inputs, residual ? residual + r * outputs : 0, &l, strip, rows)
+        for (; r + 8 <= num_rows; r += 8) TILE(8);
+        for (; r + 4 <= num_rows; r += 4) TILE(4);
+        for (; r + 2 <= num_rows; r += 2) TILE(2);
+        for (; r < num_rows; r++) TILE(1);
+    }
+}
+
+#else
+
+void octavo_linear(uint16_t *to, const uint16_t *x, const uint16_t *residual, int64_t num_rows, const uint16_t *weight,
+                   const uint16_t *bias, int64_t outputs, int64_t inputs, int activation, int num_threads) {}
+
+#endif

@@ -1,0 +1,158 @@
+"""Attention over the paged cache by the C kernels of `native`: single queries read keys and values where they are.
+
+Measured, ms per step of gpt2-small (12 layers, bf16 cache, blocks of 32, 2 threads, AVX-512), rows x context, beside
+`attention.PagedAttention`, which gathers and widens first:
+
+                            1x64   16x64   64x64   64x300
+    gathered, flash         0.87     4.6    18.6     93.4
+    this file               0.14     1.6     7.8     44.8
+
+Chunks of more than MOST_QUERIES tokens stay with flash attention. A single query's result has the same bits in any
+batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo_kernels.cpu import native
+from octavo_kernels.cpu.attention import Int32s, Int64s, PagedAttention, PrefillRow
+
+MOST_QUERIES: Final = 16
+"""Of a chunk whose tokens attend one by one."""
+LANES: Final = 16
+
+
+def supports(cache_dtype: torch.dtype, head_size: int) -> bool:
+    """Whether this machine has the kernels, and they have this case."""
+    return cache_dtype in native.TYPES and head_size <= 256 and native.library() is not None
+
+
+@dataclass(frozen=True, slots=True)
+class NativePlan:
+    """One step's indices, the same for every layer."""
+
+    num_blocks: int
+    """Of the cache, the null block included."""
+    slot_mapping: Int64s
+    """[T]"""
+    tokens: Int32s
+    """[Q] flat index of each query that attends alone."""
+    rows: Int32s
+    """[Q] its row of `tables`."""
+    lengths: Int32s
+    """[Q] tokens it sees."""
+    tables: Int32s
+    """[R, B] block ids."""
+    scores: Tensor
+    """fp32 [threads, at least the greatest length], for the kernel."""
+    prefill_rows: list[PrefillRow]
+
+
+class NativeAttention:
+    """What PagedAttention does, over the same cache of [2, N, H, S, D] per layer."""
+
+    def __init__(self, num_heads: int, head_size: int, block_size: int, cache_dtype: torch.dtype) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.block_size = block_size
+        self.cache_dtype = cache_dtype
+        self._flash = PagedAttention(num_heads, head_size, block_size, cache_dtype)
+        self._scores = torch.empty(0, 0)
+
+    def plan(
+        self,
+        num_blocks: int,
+        slot_mapping: Int64s,
+        query_start_loc: Int32s,
+        seq_lens: Int32s,
+        block_tables: Int32s,
+        num_decode_rows: int,
+    ) -> NativePlan:
+        """As `PagedAttention.plan`. Raises IndexError for a slot or block outside of the cache."""
+        for what, found, end in (
+            ("slot", slot_mapping, num_blocks * self.block_size),
+            ("block", block_tables, num_blocks),
+        ):
+            if found.size and not 0 <= found.min() <= found.max() < end:
+                raise IndexError(f"{what} {found.min()} or {found.max()} is not in the cache's 0 to {end - 1}")
+        sizes = np.diff(query_start_loc)
+        single = sizes <= MOST_QUERIES
+        rows = np.repeat(np.flatnonzero(single), sizes[single]).astype(np.int32)
+        tokens = np.flatnonzero(np.repeat(single, sizes)).astype(np.int32)
+        lengths = (seq_lens[rows] - query_start_loc[rows + 1] + tokens + 1).astype(np.int32)
+        return NativePlan(
+            num_blocks,
+            np.ascontiguousarray(slot_mapping, np.int64),
+            tokens,
+            rows,
+            lengths,
+            np.ascontiguousarray(block_tables, np.int32),
+            self._room(int(lengths.max(initial=0))),
+            [
+                self._flash.prefill_row(
+                    num_blocks, int(query_start_loc[r]), int(query_start_loc[r + 1]), int(seq_lens[r]), block_tables[r]
+                )
+                for r in np.flatnonzero(~single).tolist()
+            ],
+        )
+
+    def _room(self, length: int) -> Tensor:
+        threads, width = torch.get_num_threads(), -(-length // LANES) * LANES
+        if self._scores.shape[0] < threads or self._scores.shape[1] < width:
+            self._scores = torch.empty(threads, max(2 * self._scores.shape[1], width))
+        return self._scores
+
+    def write(self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor) -> None:
+        """`reference.kv_write`. qkv: [T, 3 * E] contiguous."""
+        assert qkv.is_contiguous() and layer_cache.is_contiguous()
+        native.loaded().octavo_write(
+            qkv.data_ptr(),
+            native.TYPES[qkv.dtype],
+            layer_cache.data_ptr(),
+            native.TYPES[self.cache_dtype],
+            plan.num_blocks,
+            self.num_heads,
+            self.block_size,
+            self.head_size,
+            plan.slot_mapping.ctypes.data,
+            len(plan.slot_mapping),
+            torch.get_num_threads(),
+        )
+
+    def attend(self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
+        """`reference.paged_attention`, after `write`. Any float type; everything inside is fp32."""
+        output = qkv.new_empty(len(qkv), self.num_heads * self.head_size)
+        if len(plan.tokens):
+            self._attend_singly(plan, qkv, layer_cache, scale, output)
+        for row in plan.prefill_rows:
+            self._flash.prefill(row, qkv, layer_cache, scale, output)
+        return output
+
+    def _attend_singly(self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor, scale: float, output: Tensor) -> None:
+        native.loaded().octavo_attend(
+            output.data_ptr(),
+            qkv.data_ptr(),
+            native.TYPES[qkv.dtype],
+            layer_cache.data_ptr(),
+            native.TYPES[self.cache_dtype],
+            plan.num_blocks,
+            self.num_heads,
+            self.block_size,
+            self.head_size,
+            plan.tokens.ctypes.data,
+            plan.rows.ctypes.data,
+            plan.lengths.ctypes.data,
+            len(plan.tokens),
+            plan.tables.ctypes.data,
+            plan.tables.shape[1],
+            scale,
+            plan.scores.data_ptr(),
+            plan.scores.shape[1],
+            min(torch.get_num_threads(), plan.scores.shape[0]),
+        )

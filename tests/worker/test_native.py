@@ -1,0 +1,126 @@
+"""The CPU's C kernels: compiled once, safely kept, done without where they cannot be had; their products and bits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from octavo_kernels.activations import ACTIVATIONS
+from octavo_kernels.cpu import linear, native, native_attention
+from octavo_kernels.cpu.linear import LinearKind, NativeLinear, OnednnLinear
+from octavo_kernels.cpu.native_attention import NativeAttention
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no C kernels: {native.why_not()}")
+needs_bf16 = pytest.mark.skipif(
+    native.library() is None or not native.loaded().octavo_has_linear(), reason="no AVX512_BF16"
+)
+
+
+@needs_kernels
+def test_a_second_build_finds_the_first(tmp_path: Path) -> None:
+    path = native.build(tmp_path)
+    written = path.stat().st_mtime_ns
+    assert native.build(tmp_path) == path
+    assert path.stat().st_mtime_ns == written
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@needs_kernels
+def test_what_others_may_write_is_not_loaded(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(native.BuildError, match="OCTAVO_CACHE_DIR"):
+        native.build(tmp_path)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+
+
+PRINT_KINDS = (
+    "import torch\nfrom octavo_kernels.cpu import linear, native\n"
+    "print(native.library(), native.why_not(), linear.choose_kind(torch.bfloat16, None))"
+)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"OCTAVO_NATIVE": "0"}, "OCTAVO_NATIVE=0"),
+        ({"CC": "no-such-compiler"}, "no-such-compiler not found"),
+        ({"CC": "false"}, "false failed"),
+    ],
+)
+def test_without_a_compiler_torch_does_it(tmp_path: Path, environment: dict[str, str], reason: str) -> None:
+    done = python(PRINT_KINDS, OCTAVO_CACHE_DIR=str(tmp_path), **environment)
+    assert done.stdout.startswith("None") and reason in done.stdout
+    assert LinearKind.NATIVE not in done.stdout
+
+
+@needs_bf16
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 48, 2), (3, 97, 64), (8, 16, 768), (29, 200, 130)])
+def test_products_equal_onednn_s(rows: int, outputs: int, inputs: int) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
+    weight, bias = weight.bfloat16(), bias.bfloat16()
+    x, residual = torch.randn(rows, inputs).bfloat16(), torch.randn(rows, outputs).bfloat16()
+    exact = x.float() @ weight.float().T + bias.float()
+    for activation in (None, "gelu_new", "relu"):
+        expected = exact if activation is None else ACTIVATIONS[activation](exact)
+        found = NativeLinear(weight, bias, activation)(x)
+        torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=2**-8)
+        torch.testing.assert_close(found, OnednnLinear(weight, bias, activation)(x), rtol=2**-7, atol=2**-7)
+    found = NativeLinear(weight, None, None)(x, residual)
+    torch.testing.assert_close(found.float(), exact - bias.float() + residual.float(), rtol=2**-8, atol=2**-7)
+
+
+@needs_bf16
+def test_a_row_s_product_has_the_same_bits_alone_and_among_others() -> None:
+    torch.manual_seed(0)
+    layer = NativeLinear(torch.randn(100, 256), torch.randn(100), "gelu_new")
+    x = torch.randn(23, 256).bfloat16()
+    together = layer(x)
+    assert torch.equal(together, torch.cat([layer(row[None]) for row in x]))
+
+
+@needs_bf16
+def test_an_odd_number_of_inputs_is_onednn_s() -> None:
+    layer = linear.pack(torch.randn(8, 5), None, LinearKind.NATIVE)
+    assert isinstance(layer, OnednnLinear)
+
+
+@needs_kernels
+@pytest.mark.parametrize("head_size", [8, 16, 40, 64])
+def test_a_query_s_attention_has_the_same_bits_alone_and_among_others(head_size: int) -> None:
+    rng = np.random.default_rng(0)
+    kernel, cache = NativeAttention(2, head_size, 16, torch.float32), torch.randn(2, 9, 2, 16, head_size)
+    qkv = torch.randn(4, 6 * head_size)
+    tables, lens = rng.permutation(np.arange(1, 9)).reshape(4, 2).astype(np.int32), np.array([3, 17, 32, 1], np.int32)
+    slots = tables[np.arange(4), (lens - 1) // 16].astype(np.int64) * 16 + (lens - 1) % 16
+
+    def attended(chosen: list[int]) -> torch.Tensor:
+        loc = np.arange(len(chosen) + 1, dtype=np.int32)
+        plan = kernel.plan(9, slots[chosen], loc, lens[chosen], tables[chosen], len(chosen))
+        kernel.write(plan, qkv[chosen], cache)
+        return kernel.attend(plan, qkv[chosen], cache, 0.3)
+
+    together = attended([0, 1, 2, 3])
+    assert torch.equal(together, torch.cat([attended([row]) for row in range(4)]))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("slot", "block"), [(-1, 1), (32, 1), (16, -1), (16, 2)])
+def test_what_is_outside_of_the_cache_is_refused(slot: int, block: int) -> None:
+    kernel, loc, lens = NativeAttention(2, 16, 16, torch.float32), np.array([0, 1], np.int32), np.array([1], np.int32)
+    with pytest.raises(IndexError, match="is not in the cache"):
+        kernel.plan(2, np.array([slot]), loc, lens, np.array([[block]], np.int32), 1)
+
+
+def test_heads_beyond_the_kernel_s_registers_are_torch_s() -> None:
+    assert not native_attention.supports(torch.float32, 257)
+    assert not native_attention.supports(torch.float64, 64)
