@@ -188,6 +188,21 @@ def step(results: Path) -> str:
     return f"{table(head, rows)}\n\n{conditions(run)}"
 
 
+def step_parts(results: Path) -> str:
+    """Of a run with --parts: the parts of a step as shares of it, and how near they are to their floors."""
+    run = newest(results / "step.jsonl")
+    found = {((line["batch"], line["context"]), line["name"]): line for line in run.of("part")}
+    places = list(dict.fromkeys(place for place, _ in found))
+    rows = []
+    for name in dict.fromkeys(name for _, name in found):
+        parts = [found[place, name] for place in places]
+        of_floor = [f"{part['floor'] / part['ms']:.0%}" if part["floor"] else "" for part in parts]
+        shares = [f"{part['share']:.1%}" for part in parts]
+        rows.append([name, *(cell for pair in zip(shares, of_floor, strict=True) for cell in pair)])
+    head = [cell for batch, context in places for cell in (f"share, batch {batch}, context {context}", "of floor")]
+    return f"{table(['part', *head], rows)}\n\n{conditions(run)}"
+
+
 def scheduler(results: Path) -> str:
     run = newest(results / "scheduler.jsonl")
     found = {(line["scenario"], line["requests"]): line for line in run.of("result")}
@@ -239,6 +254,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "offline": throughput("offline.jsonl"),
     "serve": throughput("serve.jsonl"),
     "step": step,
+    "step-parts": step_parts,
     "scheduler": scheduler,
     "prefix": prefix,
     "quality": quality,
