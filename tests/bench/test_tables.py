@@ -74,7 +74,10 @@ def test_documents_are_what_their_records_say(tables: ModuleType) -> None:
 
 def test_parts_of_a_step_are_shares_and_parts_of_their_floors(tables: ModuleType, tmp_path: Path) -> None:
     write(tmp_path / "step.jsonl", [PART | {"name": "qkv", "floor": 3.0}, PART | {"name": "update", "floor": None}])
+    with (tmp_path / "step.jsonl").open("a") as later:  # a run without parts, as on a GPU
+        later.write(json.dumps({"record": "run", **HEADER, "commit": "later"}) + "\n")
     text = tables.step_parts(tmp_path)
+    assert "later" not in text
     assert "| part | share, batch 16, context 64 | of floor |" in text
     assert "| qkv | 25.0% | 75% |\n| update | 25.0% |  |" in text
 
