@@ -38,11 +38,11 @@ import triton.language as tl
 
 
 @triton.jit
-def follow(DEPENDENT_LAUNCH: tl.constexpr):
-    """First of all in a kernel: waits for what was launched before, then lets the next kernel start."""
-    if DEPENDENT_LAUNCH:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+def follow():
+    """First of all in a kernel, where DEPENDENT_LAUNCH: waits for what was launched before, then lets the next kernel
+    start. The condition stays with the caller: in the interpreter a call costs 0.3 ms per program."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -41,7 +41,8 @@ def embed_kernel(
     TILE: tl.constexpr,  # power of 2, at least E
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    follow(DEPENDENT_LAUNCH)
+    if DEPENDENT_LAUNCH:
+        follow()
     token = tl.program_id(0).to(tl.int64)
     input_id = tl.load(input_ids_ptr + token).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)

@@ -205,7 +205,8 @@ def _history_kernel(
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Program (row, 0) sets the row's bans, program (row, 1 + s) writes segment s of its scores."""
-    follow(DEPENDENT_LAUNCH)
+    if DEPENDENT_LAUNCH:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(row_slots_ptr + row).to(tl.int64)
     live = (slot >= 0) & (slot < padding_slot)

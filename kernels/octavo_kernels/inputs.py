@@ -135,7 +135,8 @@ def _prepare_kernel(
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """One program per row, and one more for the tokens behind the last row."""
-    follow(DEPENDENT_LAUNCH)
+    if DEPENDENT_LAUNCH:
+        follow()
     row = tl.program_id(0)
     is_row = row < num_rows
     begin = tl.maximum(tl.load(query_start_loc_ptr + row), 0)

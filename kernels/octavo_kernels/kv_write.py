@@ -52,7 +52,8 @@ def kv_write_kernel(
     SCALED: tl.constexpr,  # an fp8 cache, passed as bytes
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    follow(DEPENDENT_LAUNCH)
+    if DEPENDENT_LAUNCH:
+        follow()
     token = tl.program_id(0).to(tl.int64)
     half = tl.program_id(1)
     slot = tl.load(slot_mapping_ptr + token)

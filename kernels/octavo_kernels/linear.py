@@ -101,7 +101,7 @@ def gemm_kernel(
         PER_LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
         lines = tl.minimum(begin + tl.arange(0, _PREFETCHED * TILE_K // PER_LINE) * PER_LINE, k - 1)
         prefetch(weight_ptr + weight_rows[:, None] * k + lines[None, :])
-    follow(DEPENDENT_LAUNCH)
+        follow()
     acc = tl.zeros([TILE_O, TILE_M], tl.float32)
     for start in tl.range(begin, tl.minimum(begin + part, k), TILE_K):
         at = start + depth
@@ -153,7 +153,8 @@ def sum_splits_kernel(
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Adds the parts in index order, then the epilogue. Grid (M, O tiles)."""
-    follow(DEPENDENT_LAUNCH)
+    if DEPENDENT_LAUNCH:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
     live = cols < o

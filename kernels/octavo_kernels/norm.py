@@ -43,7 +43,8 @@ def norm_kernel(
     live = cols < WIDTH
     weight = tl.load(weight_ptr + cols, mask=live, other=0.0).to(tl.float32)  # early: they wait for nothing
     bias = tl.load(bias_ptr + cols, mask=live, other=0.0).to(tl.float32)
-    follow(DEPENDENT_LAUNCH)
+    if DEPENDENT_LAUNCH:
+        follow()
     x = tl.load(x_ptr + row * stride_x + cols, mask=live, other=0.0).to(tl.float32)
     if delta_ptr is not None:
         x += tl.load(delta_ptr + row * stride_delta + cols, mask=live, other=0.0).to(tl.float32)

@@ -109,7 +109,8 @@ def decode_kernel(
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Grid (H, R, splits): the programs of a row's heads run together, as its blocks lie."""
-    follow(DEPENDENT_LAUNCH)
+    if DEPENDENT_LAUNCH:
+        follow()
     TILE_N: tl.constexpr = GROUPS * REPEATS
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)

@@ -89,7 +89,8 @@ def prefill_kernel(
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Grid (H, tiles); the last tiles, which of a row's see the most keys, start first."""
-    follow(DEPENDENT_LAUNCH)
+    if DEPENDENT_LAUNCH:
+        follow()
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     row = tl.load(tile_rows_ptr + tile).to(tl.int64)

@@ -93,7 +93,8 @@ def verify_kernel(
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Grid (H, tiles, splits)."""
-    follow(DEPENDENT_LAUNCH)
+    if DEPENDENT_LAUNCH:
+        follow()
     head = tl.program_id(0)
     tile = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)

@@ -45,7 +45,8 @@ def hurry(x_ptr, y_ptr, TILE: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr):
     x = tl.load(x_ptr + offsets)
     if tl.program_id(0) % 2 == 0:
         return
-    follow(DEPENDENT_LAUNCH)
+    if DEPENDENT_LAUNCH:
+        follow()
     tl.store(y_ptr + offsets, x)
 
 
