@@ -24,7 +24,7 @@ Log
   machine code of sm_90 ACQBULK comes before the first load; no variant spills, registers differ by at most 2.
   Predicted: 0.7 of ~2 us per kernel boundary hidden, 15 to 20 % of a step at batch 1; nothing where the kernels are
     long, nor between cuBLAS's.
-  linear layers ask L2 for four tiles of K before the wait: ~36 KB for each of ~120 programs, 4 MB, about what memory
+  linear layers ask L2 for four tiles of K before the wait: 32 KB for each of ~120 programs, 4 MB, about what memory
     gives in a boundary. Predicted to matter as much as the launch at batch 1, where memory idles between kernels.
   letting dependents go before the wait instead: not chosen, the whole chain would pile up on the device.
 """
