@@ -2,8 +2,8 @@
 # Everything that needs a GPU, in under 9 minutes: tests, whether tokens are right, steps, throughput, kernels.
 #
 #   PYTHON=python3 bash bench/gpu.sh                 all parts, most important first; what the time is too short for is named
-#   PYTHON=python3 bash bench/gpu.sh step offline    some parts: tests model gpu-tests gate step offline serve prefix
-#                                                    ceilings kernels
+#   PYTHON=python3 bash bench/gpu.sh step offline    some parts: tests model gpu-tests gate step dependent-launch offline
+#                                                    serve prefix ceilings kernels
 #   bash bench/gpu.sh --dry                          every part's command without a GPU, on tiny shapes: times are invented
 #
 # Runs on after a failure; the exit status is 1 if anything failed or was left out, 2 without a GPU. Needs a Python with a
@@ -22,7 +22,7 @@ if [ "${1:-}" = --dry ]; then
 fi
 OUT="${OUT:-bench/results}"
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests model gpu-tests gate step offline serve prefix ceilings kernels)
+[ ${#parts[@]} -gt 0 ] || parts=(tests model gpu-tests gate step dependent-launch offline serve prefix ceilings kernels)
 export PYTHON PYTHONPATH="engine:kernels:proto:tests${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$OUT"
 failed=0
@@ -57,11 +57,12 @@ ceilings_dry() {
 export -f kernel_tests ceilings_dry
 
 run_part() {
-  local collect=() gate=() step=() load=() offline=() serve=() prefix=() kernels=() ceilings=("$PYTHON" bench/roofline.py)
+  local collect=() gate=() step=() dependent=() load=() offline=() serve=() prefix=() kernels=() ceilings=("$PYTHON" bench/roofline.py)
   if [ $dry = 1 ]; then
     collect=(--collect-only)
     gate=(--device cpu --shape tiny --prompts 4 --new 8)
     step=(--device cpu --shape tiny --batches 1,2 --contexts 16 --steps 3 --threads 1)
+    dependent=(--device cpu --shape tiny --batches 2 --context 16 --steps 3 --rounds 1 --threads 1)
     load=(--device cpu --shape tiny --threads 1 --repeats 1 --kv-gib 1)
     offline=(--scale 0.004 --workloads single,19/58 --contenders octavo)
     serve=(--concurrency 2 --rounds 1 --workloads 11/64)
@@ -73,9 +74,11 @@ run_part() {
     tests) part 130 "kernels against their specification" bash -o pipefail -c 'kernel_tests "$@"' tests "${collect[@]}" ;;
     model) part 40 "the model on the kernels" \
       "$PYTHON" -m pytest -q -p no:cacheprovider tests/worker/test_gpt2_triton.py "${collect[@]}" ;;
-    gpu-tests) part 60 "tests that need a GPU" "$PYTHON" -m pytest -q -m gpu tests -p no:cacheprovider "${collect[@]}" ;;
+    gpu-tests) part 70 "tests that need a GPU" "$PYTHON" -m pytest -q -m gpu tests -p no:cacheprovider "${collect[@]}" ;;
     gate) part 80 "tokens against transformers" "$PYTHON" bench/gate.py "${gate[@]}" ;;
     step) part 50 "decode steps" "$PYTHON" bench/step.py --steps 50 --out "$OUT/step.jsonl" "${step[@]}" ;;
+    dependent-launch) part 50 "dependent launch, on and off" "$PYTHON" bench/dependent_launch.py --batches 1,8 \
+      --steps 30 --out "$OUT/dependent_launch.jsonl" "${dependent[@]}" ;;
     offline) part 190 "offline throughput" "$PYTHON" bench/offline.py --contenders octavo,vllm --cell-seconds 4 \
       --workloads single,batch-64,batch-256,11/64,128/128,chat,prefill --peers "$PEERS" --out "$OUT/offline.jsonl" \
       "${load[@]}" "${offline[@]}" ;;

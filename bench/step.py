@@ -3,6 +3,7 @@
     python bench/step.py                                  gpt2's shape on the CPU; gpt2-large's in bf16 on a GPU
     python bench/step.py --batches 1,64 --contexts 64,256
     python bench/step.py --profile step.txt --trace step.json.gz    also a table of kernels, a Chrome trace
+    python bench/step.py --device cpu --parts             also the CPU path's parts, with a floor of each
 
 One engine core, in process, without front-end; requests with prompts of `context` tokens decode, prefix cache off. Per
 step, in ms, medians over `--steps`:
@@ -31,6 +32,7 @@ from typing import Any
 
 import environment
 import numpy as np
+import step_parts
 import torch
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from octavo.engine_core.engine_core import EngineCore
@@ -39,6 +41,7 @@ from octavo.types import GenerationParams
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "bench"
+RESULTS = ROOT / "bench" / "results"
 PARTS = ("schedule", "launch", "read", "update")
 LARGEST_TOKEN = 50_000
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
@@ -57,6 +60,8 @@ class Cell:
     p10: float
     p90: float
     """Of `step`."""
+    inside: list[step_parts.Part] = field(default_factory=list)
+    """With --parts."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -121,7 +126,8 @@ def main() -> int:
     core = make_core(options)
     clock = Clock()
     clock.wrap(core)
-    bandwidth = copy_bandwidth()
+    inside = step_parts.PartTimes(core) if options.parts else None
+    bandwidth, rates = copy_bandwidth(), step_parts.measure_rates(core) if inside else None
     print(f"{core.info.device}, {core.info.dtype}, {options.shape}; copy {bandwidth / 1e9:.0f} GB/s", flush=True)
     print(
         f"{'batch':>6}{'context':>8}{'step':>9}{'p10':>8}{'p90':>8}" + "".join(f"{part:>9}" for part in PARTS), end=""
@@ -130,7 +136,9 @@ def main() -> int:
     cells = []
     for batch in options.batches:
         for context in options.contexts:
-            cell = measure(core, clock, batch, context, options.steps, bandwidth)
+            cell = measure(core, clock, batch, context, options.steps, bandwidth, inside)
+            if inside and rates:
+                cell.inside = inside.parts(batch, context + options.steps // 2, rates)
             cells.append(cell)
             print(
                 f"{batch:>6}{context:>8}{cell.step:>9.3f}{cell.p10:>8.3f}{cell.p90:>8.3f}"
@@ -139,6 +147,7 @@ def main() -> int:
                 f"{cell.tokens_per_second:>9.0f}",
                 flush=True,
             )
+            step_parts.print_parts(cell.inside)
     if options.profile or options.trace:
         profile(core, options)
     if options.out:
@@ -158,9 +167,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--shape", default="gpt2-large" if on_gpu else "gpt2", help="as peers/random_checkpoint.py has")
     parser.add_argument("--no-graphs", action="store_true", help="launch kernel by kernel")
+    parser.add_argument("--parts", action="store_true", help="of the CPU path: norms, linear layers, attention, ...")
     parser.add_argument("--profile", metavar="FILE", help="table of operators of the last cell's steps")
     parser.add_argument("--trace", metavar="FILE", help="Chrome trace of them, .json or .json.gz")
-    parser.add_argument("--out", default=str(ROOT / "bench" / "results" / "step.jsonl"), help='"" to write nothing')
+    parser.add_argument("--out", default=str(RESULTS / "step.jsonl"), help='"" to write nothing')
     return parser.parse_args()
 
 
@@ -176,15 +186,16 @@ def checkpoint(shape: str) -> Path:
     return folder
 
 
-def make_core(options: argparse.Namespace) -> EngineCore:
-    graphs = {} if not options.no_graphs else {"cuda_graphs": False}
+def make_core(options: argparse.Namespace, **fields: Any) -> EngineCore:
+    """fields: more of the ModelConfig."""
     model = ModelConfig(
         path=str(checkpoint(options.shape)),
         name=options.shape,
         device=options.device,
         dtype=options.dtype,
         num_threads=options.threads,
-        **graphs,
+        cuda_graphs=not options.no_graphs,
+        **fields,
     )
     scheduler = SchedulerConfig(max_num_requests=max(options.batches), max_queue_time=3600.0)
     cache = CacheConfig(enable_prefix_caching=False)
@@ -211,7 +222,15 @@ def copy_bandwidth() -> float:
     return best
 
 
-def measure(core: EngineCore, clock: Clock, batch: int, context: int, steps: int, bandwidth: float) -> Cell:
+def measure(
+    core: EngineCore,
+    clock: Clock,
+    batch: int,
+    context: int,
+    steps: int,
+    bandwidth: float,
+    inside: step_parts.PartTimes | None = None,
+) -> Cell:
     """Fills the engine, lets it settle, and times steps."""
     add_requests(core, batch, context)
     while core.scheduler.load(time.monotonic()).waiting_requests or not settled(core, batch):
@@ -219,11 +238,15 @@ def measure(core: EngineCore, clock: Clock, batch: int, context: int, steps: int
     for _ in range(5):
         core.step()
     clock.clear()
+    if inside:
+        inside.clear()
     turns = []
     for _ in range(steps):
         begin = time.perf_counter()
         core.step()
         turns.append((time.perf_counter() - begin) * 1e3)
+        if inside:
+            inside.end_step(turns[-1])
     p10, median, p90 = np.percentile(turns, [10, 50, 90]).tolist()
     cell = Cell(
         batch=batch,
@@ -305,23 +328,31 @@ def profile(core: EngineCore, options: argparse.Namespace) -> None:
 
 
 def record(options: argparse.Namespace, core: EngineCore, bandwidth: float, cells: list[Cell]) -> None:
-    header = environment.describe() | {
-        "device": core.info.device,
-        "gpu": environment.gpu_state(),
-        "dtype": core.info.dtype,
-        "torch": torch.__version__,
-        "shape": options.shape,
-        "graphs": not options.no_graphs,
-        "copy_gb_per_s": round(bandwidth / 1e9, 1),
-    }
+    header = environment.describe() | facts(options, core) | {"copy_gb_per_s": round(bandwidth / 1e9, 1)}
     lines = [{"record": "run", **header}]
     for cell in cells:
         values = asdict(cell) | {"tokens_per_second": cell.tokens_per_second, "bubble": cell.bubble}
+        inside = values.pop("inside")
         lines.append({"record": "cell", "run": header["time"], **rounded(values)})
+        place = {"run": header["time"], "batch": cell.batch, "context": cell.context}
+        lines += [{"record": "part", **place, **rounded(part)} for part in inside]
     path = Path(options.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as out:
         out.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def facts(options: argparse.Namespace, core: EngineCore) -> dict[str, Any]:
+    """What a header says of the engine."""
+    return {
+        "device": core.info.device,
+        "gpu": environment.gpu_state(),
+        "dtype": core.info.dtype,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "shape": options.shape,
+        "graphs": not options.no_graphs,
+    }
 
 
 def rounded(values: dict[str, Any]) -> dict[str, Any]:

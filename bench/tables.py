@@ -79,9 +79,14 @@ def rewritten(text: str, results: Path) -> str:
     return SECTION.sub(section, text)
 
 
-def newest(path: Path) -> Run:
-    """The last "run" line and what follows it; or the last line, where a line is a run with its results."""
+def newest(path: Path, kind: str | None = None) -> Run:
+    """The last "run" line and what follows it; or the last line, where a line is a run with its results. kind: the last
+    run that has such records."""
     lines: list[Record] = [json.loads(line) for line in path.read_text().splitlines()]
+    if kind is not None:
+        last = max(i for i, line in enumerate(lines) if line.get("record") == kind)
+        end = next((i for i in range(last, len(lines)) if lines[i]["record"] == "run"), len(lines))
+        lines = lines[:end]
     start = max(i for i, line in enumerate(lines) if "results" in line or line["record"] == "run")
     header = {name: value for name, value in lines[start].items() if name != "results"}
     results = [{"record": "result", **line} for line in lines[start].get("results", [])]
@@ -188,6 +193,21 @@ def step(results: Path) -> str:
     return f"{table(head, rows)}\n\n{conditions(run)}"
 
 
+def step_parts(results: Path) -> str:
+    """Of the newest run with --parts: the parts of a step as shares of it, and how near they are to their floors."""
+    run = newest(results / "step.jsonl", "part")
+    found = {((line["batch"], line["context"]), line["name"]): line for line in run.of("part")}
+    places = list(dict.fromkeys(place for place, _ in found))
+    rows = []
+    for name in dict.fromkeys(name for _, name in found):
+        parts = [found[place, name] for place in places]
+        of_floor = [f"{part['floor'] / part['ms']:.0%}" if part["floor"] else "" for part in parts]
+        shares = [f"{part['share']:.1%}" for part in parts]
+        rows.append([name, *(cell for pair in zip(shares, of_floor, strict=True) for cell in pair)])
+    head = [cell for batch, context in places for cell in (f"share, batch {batch}, context {context}", "of floor")]
+    return f"{table(['part', *head], rows)}\n\n{conditions(run)}"
+
+
 def scheduler(results: Path) -> str:
     run = newest(results / "scheduler.jsonl")
     found = {(line["scenario"], line["requests"]): line for line in run.of("result")}
@@ -239,6 +259,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "offline": throughput("offline.jsonl"),
     "serve": throughput("serve.jsonl"),
     "step": step,
+    "step-parts": step_parts,
     "scheduler": scheduler,
     "prefix": prefix,
     "quality": quality,

@@ -21,6 +21,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """None or "int8": dynamic int8 linears, CPU only."""
     cuda_graphs: bool = True
     """On a GPU, capture the launches of common steps at start and replay them."""
+    dependent_launch: str = "off"
+    """"auto": on GPUs of compute capability 9.0 (H100) or more, a step's kernels start while the one in front of each
+    ends. "off": each waits for its launch. Off unless asked for, since no GPU has measured it yet."""
     batch_invariant: bool = False
     """The same bits for a request whatever else is in the batch, at the price of slower linear layers. Not on the CPU
     path, whose fp32 is steady enough for equal tokens but not for equal bits."""

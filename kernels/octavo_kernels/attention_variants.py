@@ -28,7 +28,8 @@ class CacheKind:
         return _WIDTHS[self.cache]
 
     def variant(self, form: str, kernel: Any, constants: dict[str, Any], **options: Any) -> Variant:
-        """constants: all constexprs, among them pointers that are None."""
+        """constants: all constexprs but the launch's, among them pointers that are None."""
+        constants = constants | {"DEPENDENT_LAUNCH": False}
         kinds = {"qkv_ptr": f"*{self.dtype}", "out_ptr": f"*{self.dtype}", "cache_ptr": f"*{self.cache}"}
         kinds |= {"partial_ptr": "*fp32", "lse_ptr": "*fp32"}
         kinds |= dict.fromkeys(("scale", "k_scale", "v_scale"), "fp32")

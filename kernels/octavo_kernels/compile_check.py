@@ -8,6 +8,7 @@ Prints one line per variant and capability: registers, spills, shared memory, in
 
 - a spill (a load or store of local memory in the machine code),
 - a missing instruction that the variant names: tensor cores, 16-byte loads,
+- a variant for dependent launch that touches global memory before it has waited, or could end without waiting,
 - more registers or shared memory than in compile_baseline.json, beyond TOLERANCE, or a variant that it lacks or that
   is gone. Another version of Triton's compiler gives other numbers: then these are printed and not compared.
 
@@ -31,9 +32,9 @@ import tempfile
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from octavo_kernels.variant import Variant
 
@@ -80,6 +81,17 @@ class Measured:
     cp_async: int
     barriers: int
     shuffles: int
+    waits: int = 0
+    """For the kernel in front, of a dependent launch; on all paths, since one that a branch can miss does not count."""
+    releases: int = 0
+    """Of the next kernel."""
+    early_loads: int = 0
+    """From global memory before the wait; 0 without one."""
+    early_writes: int = 0
+
+
+JUDGED: Final = ("waits", "releases", "early_loads", "early_writes")
+"""What is right or wrong by itself, hence not in the baseline."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +111,21 @@ def collect(families: Iterable[str] = FAMILIES) -> dict[str, Variant]:
             if variant.name in found:
                 raise ValueError(f"{family}: two variants are named {variant.name!r}")
             found[variant.name] = variant
-    return found
+    return found | dependents(found)
+
+
+def dependents(variants: Mapping[str, Variant]) -> dict[str, Variant]:
+    """The first variant of every kernel that has one, and of every use of tensor cores, compiled for dependent launch.
+    They are compiled for sm_90 alone: what is checked is the kernel's text."""
+    first: dict[tuple[str, str | None], Variant] = {}
+    for variant in variants.values():
+        if "DEPENDENT_LAUNCH" in variant.constexprs:
+            first.setdefault((_kernel_name(variant), variant.mma), variant)
+    twins = [
+        replace(one, name=f"{one.name} dependent", constexprs=one.constexprs | {"DEPENDENT_LAUNCH": True})
+        for one in first.values()
+    ]
+    return {twin.name: twin for twin in twins}
 
 
 def covering(variants: Mapping[str, Variant]) -> list[str]:
@@ -137,10 +163,12 @@ def measure(variant: Variant, capability: int) -> Measured:
         "num_stages": variant.num_stages,
         "enable_fp_fusion": variant.fp_fusion,
         "maxnreg": variant.max_registers,
+        "launch_pdl": variant.dependent,
     }
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = resources(built.asm["cubin"])
-    return Measured(shared=int(built.metadata.shared), **usage, **instructions(built.asm["ptx"]))
+    ptx = built.asm["ptx"]
+    return Measured(shared=int(built.metadata.shared), **usage, **instructions(ptx), **dependence(ptx))
 
 
 def instructions(ptx: str) -> dict[str, int]:
@@ -157,6 +185,19 @@ def instructions(ptx: str) -> dict[str, int]:
         "cp_async": len(copies),
         "barriers": len(re.findall(r"\b(?:bar|barrier)\.\S*sync", ptx)),
         "shuffles": len(re.findall(r"\bshfl\.sync", ptx)),
+    }
+
+
+def dependence(ptx: str) -> dict[str, int]:
+    """The fields in JUDGED. Up to the wait the code has to run straight: else some program could miss it."""
+    entry = re.sub(r"//.*", "", ptx[max(ptx.find(".entry"), 0) :])
+    before, wait, _ = entry.partition("griddepcontrol.wait")
+    straight = bool(wait) and not re.search(r"\bbra\b|\bret\b|\bexit\b|\bcall\b", before)
+    return {
+        "waits": int(straight),
+        "releases": len(re.findall(r"\bgriddepcontrol\.launch_dependents", entry)),
+        "early_loads": len(re.findall(r"\b(?:ld|cp\.async)\.(?:[\w:]+\.)*global", before)) if wait else 0,
+        "early_writes": len(re.findall(r"\b(?:st|atom|red)\.(?:\w+\.)*global", before)) if wait else 0,
     }
 
 
@@ -235,6 +276,14 @@ def failures(variant: Variant, capability: int, measured: Measured) -> list[str]
         found.append("no wgmma")
     if variant.mma and not measured.wgmma + measured.tcgen05 + measured.mma:
         found.append("no tensor core instruction")
+    if variant.dependent:
+        if not measured.waits or not measured.releases:
+            found.append("does not wait on every path, or does not let the next kernel start")
+        if measured.early_writes or measured.early_loads > variant.early_loads:
+            early = f"{measured.early_loads} loads and {measured.early_writes} writes"
+            found.append(f"{early} before the wait, {variant.early_loads} loads of weights expected")
+    elif measured.waits:
+        found.append("waits for another kernel, without dependent launch")
     return found
 
 
@@ -293,6 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     few = covering({name: variants[name] for name in wanted}) if options.covering else wanted
     jobs = [(name, cap) for cap in options.capabilities for name in (wanted if cap == 90 else few)]
     jobs = [(name, cap) for name, cap in jobs if cap >= variants[name].min_capability]
+    jobs = [(name, cap) for name, cap in jobs if cap == 90 or not variants[name].dependent]
     if not jobs:
         print(f"no variant's name contains {options.only!r}", file=sys.stderr)
         return 2
@@ -313,7 +363,8 @@ def check(options: argparse.Namespace, variants: Mapping[str, Variant], jobs: Se
         if isinstance(measured, str):
             problems = [measured]
         else:
-            found.setdefault(name, {})[key] = asdict(measured)
+            numbers = asdict(measured)
+            found.setdefault(name, {})[key] = {field: numbers[field] for field in numbers if field not in JUDGED}
             unknown += measured.spills is None
             problems = failures(variants[name], capability, measured)
             before = baseline["variants"].get(name, {}).get(key)

@@ -21,6 +21,7 @@ from octavo_kernels.checks import (
     require_floats,
     row_stride,
 )
+from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.variant import Variant
 
 
@@ -38,7 +39,10 @@ def embed_kernel(
     stride_out,
     WIDTH: tl.constexpr,  # E
     TILE: tl.constexpr,  # power of 2, at least E
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
+    if DEPENDENT_LAUNCH:
+        follow()
     token = tl.program_id(0).to(tl.int64)
     input_id = tl.load(input_ids_ptr + token).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
@@ -52,12 +56,20 @@ def embed_kernel(
     tl.store(out_ptr + token * stride_out + cols, total.to(out_ptr.dtype.element_ty), mask=live)
 
 
-def embed(input_ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor, out: Tensor) -> Tensor:
+def embed(
+    input_ids: Tensor,
+    positions: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    out: Tensor,
+    *,
+    dependent_launch: bool = False,
+) -> Tensor:
     """out[t] = wte[input_ids[t]] + wpe[positions[t]]; zeros where an id or a position is out of range.
 
     input_ids, positions: int32 or int64 [T] contiguous. wte: [vocab_size, E]; wpe: [n_positions, E]; out: [T, E]; each
-    bf16, fp16 or fp32 with rows contiguous. wte is rounded to out's type, then the sum. Returns out. Raises ValueError
-    naming the argument.
+    bf16, fp16 or fp32 with rows contiguous. wte is rounded to out's type, then the sum.
+    dependent_launch: see `octavo_kernels.dependent_launch`. Returns out. Raises ValueError naming the argument.
     """
     _check(input_ids, positions, wte, wpe, out)
     num_tokens, width = out.shape
@@ -78,6 +90,7 @@ def embed(input_ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor, out: T
         TILE=triton.next_power_of_2(width),
         num_warps=4,
         enable_fp_fusion=False,
+        **launch_options(dependent_launch),
     )
     return out
 
@@ -105,13 +118,13 @@ def compile_variants() -> list[Variant]:
     for kind, width in (("bf16", 1280), ("fp16", 1280), ("fp32", 768)):
         signature = dict.fromkeys(pointers[:2], "*i32") | dict.fromkeys(pointers[2:], f"*{kind}")
         signature |= dict.fromkeys(("vocab_size", "n_positions", *strides), "i32")
-        signature |= {"WIDTH": "constexpr", "TILE": "constexpr"}
+        constants = {"WIDTH": width, "TILE": triton.next_power_of_2(width), "DEPENDENT_LAUNCH": False}
         variants.append(
             Variant(
                 name=f"embed {kind} {width}",
                 kernel=embed_kernel,
-                signature=signature,
-                constexprs={"WIDTH": width, "TILE": triton.next_power_of_2(width)},
+                signature=signature | dict.fromkeys(constants, "constexpr"),
+                constexprs=constants,
                 divisible=frozenset((*pointers, *strides)),
                 fp_fusion=False,
             )

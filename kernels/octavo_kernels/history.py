@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.state import NUM_PARAMS, Bitmap, Feature, Param, SlotState
 from octavo_kernels.variant import Variant
 from octavo_kernels.workspace import SamplerWorkspace
@@ -201,8 +202,11 @@ def _history_kernel(
     TILE: tl.constexpr,
     WINDOWS: tl.constexpr,
     LIST: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Program (row, 0) sets the row's bans, program (row, 1 + s) writes segment s of its scores."""
+    if DEPENDENT_LAUNCH:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(row_slots_ptr + row).to(tl.int64)
     live = (slot >= 0) & (slot < padding_slot)
@@ -288,13 +292,19 @@ def _history_kernel(
 
 
 def apply_history(
-    logits: Tensor, state: SlotState, row_slots: Tensor, workspace: SamplerWorkspace, *, reciprocal: bool
+    logits: Tensor,
+    state: SlotState,
+    row_slots: Tensor,
+    workspace: SamplerWorkspace,
+    *,
+    reciprocal: bool,
+    dependent_launch: bool = False,
 ) -> None:
     """What the history bans and the sparse steps of the processors, for the rows that use them.
 
     logits: [R, Vp] bf16, fp16 or fp32, Vp >= V, columns dense; a row stride that is a multiple of 16 gives wide loads.
     row_slots: int32 [R] contiguous. workspace: of R rows or more. reciprocal: positive scores are multiplied by the
-    penalty's fp32 reciprocal, as CUDA does, else divided.
+    penalty's fp32 reciprocal, as CUDA does, else divided. dependent_launch: see `octavo_kernels.dependent_launch`.
 
     Of each row whose slot runs (neither the padding slot, nor out of range, nor finished):
     - with NO_REPEAT_NGRAM, ENCODER_NO_REPEAT_NGRAM or BAD_WORDS: workspace.banned[row] is the set of tokens that these
@@ -345,6 +355,7 @@ def apply_history(
         LIST=_LIST,
         num_warps=_WARPS,
         enable_fp_fusion=False,
+        **launch_options(dependent_launch),
     )
 
 
@@ -382,6 +393,7 @@ def _variant(name: str, dtype: str, reciprocal: bool) -> Variant:
         "TILE": _TILE,
         "WINDOWS": _WINDOWS,
         "LIST": _LIST,
+        "DEPENDENT_LAUNCH": False,
     }
     pointers = {argument: "*i32" for argument in _history_kernel.arg_names if argument.endswith("_ptr")}
     pointers |= {"logits_ptr": f"*{dtype}", "scores_ptr": "*fp32"}

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.state import SlotState
 from octavo_kernels.variant import Variant
 
@@ -131,8 +132,11 @@ def _prepare_kernel(
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     TABLE: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """One program per row, and one more for the tokens behind the last row."""
+    if DEPENDENT_LAUNCH:
+        follow()
     row = tl.program_id(0)
     is_row = row < num_rows
     begin = tl.maximum(tl.load(query_start_loc_ptr + row), 0)
@@ -185,6 +189,7 @@ def prepare(
     *,
     block_size: int,
     num_blocks: int,
+    dependent_launch: bool = False,
 ) -> None:
     """Lays out a step's tokens from the slots' state and counts them as computed.
 
@@ -196,7 +201,8 @@ def prepare(
     A row is muted if its slot is the padding slot, out of range or finished, if it has no tokens, or if they would not
     fit the block table or the positions: its ids and positions are 0, its slots -1, its seq_len and table 0, and
     num_computed stays. Block ids outside [1, N) give slot -1; ids outside the vocabulary, or past the slot's length,
-    give 0. Raises ValueError naming an argument of another type, shape or stride.
+    give 0. dependent_launch: see `octavo_kernels.dependent_launch`. Raises ValueError naming an argument of another
+    type, shape or stride.
     """
     device = state.arena.device
     num_rows, num_tokens = row_slots.numel(), out.input_ids.numel()
@@ -238,6 +244,7 @@ def prepare(
         TOKENS=_TOKEN_TILE,
         TABLE=min(1024, triton.next_power_of_2(table_width)),
         num_warps=4,
+        **launch_options(dependent_launch),
     )
 
 
@@ -345,6 +352,7 @@ def _prepare_variant(block_size: int, n_positions: int) -> Variant:
     table_width = -(-n_positions // block_size)
     pointers = [name for name in _prepare_kernel.arg_names if name.endswith("_ptr")]
     constants: dict[str, Any] = {"BLOCK_SIZE": block_size, "TOKENS": _TOKEN_TILE, "TABLE": min(1024, table_width)}
+    constants["DEPENDENT_LAUNCH"] = False
     signature = {name: "*i32" if name in pointers else "i32" for name in _prepare_kernel.arg_names}
     signature |= {"slot_mapping_ptr": "*i64"} | dict.fromkeys(constants, "constexpr")
     return Variant(

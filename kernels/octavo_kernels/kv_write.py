@@ -25,6 +25,7 @@ from octavo_kernels.checks import (
     require_floats,
     row_stride,
 )
+from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.fp8 import encode_e4m3
 from octavo_kernels.variant import Variant
 
@@ -49,7 +50,10 @@ def kv_write_kernel(
     BLOCK: tl.constexpr,  # S
     TILE: tl.constexpr,  # power of 2, at least E
     SCALED: tl.constexpr,  # an fp8 cache, passed as bytes
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
+    if DEPENDENT_LAUNCH:
+        follow()
     token = tl.program_id(0).to(tl.int64)
     half = tl.program_id(1)
     slot = tl.load(slot_mapping_ptr + token)
@@ -67,15 +71,21 @@ def kv_write_kernel(
 
 
 def kv_write(
-    qkv: Tensor, layer_cache: Tensor, slot_mapping: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0
+    qkv: Tensor,
+    layer_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    dependent_launch: bool = False,
 ) -> None:
     """Puts the tokens' keys and values into their slots, converted to the cache's type.
 
     qkv: bf16, fp16 or fp32 [T, 3 * E], rows contiguous: queries, keys, values. layer_cache: [2, N, H, S, D] of a float
     type or fp8 e4m3, written in place; [H, S, D] contiguous, any strides before. S is 16, 32 or 64. slot_mapping: int64
     [T] contiguous, block * S + slot, no slot twice; a token whose slot is negative or not below N * S is skipped.
-    An fp8 cache gets key / k_scale and value / v_scale, limited to +-448; other types take no scale. Raises ValueError
-    naming the argument.
+    An fp8 cache gets key / k_scale and value / v_scale, limited to +-448; other types take no scale.
+    dependent_launch: see `octavo_kernels.dependent_launch`. Raises ValueError naming the argument.
     """
     _check(qkv, layer_cache, slot_mapping, k_scale, v_scale)
     num_tokens = qkv.shape[0]
@@ -100,6 +110,7 @@ def kv_write(
         SCALED=scaled,
         num_warps=4,
         enable_fp_fusion=False,
+        **launch_options(dependent_launch),
     )
 
 
@@ -133,7 +144,7 @@ def compile_variants() -> list[Variant]:
     """What the engine launches for gpt2-large (20 heads of 64) and gpt2-xl (25), by cache type and block size."""
     pointers = ("qkv_ptr", "cache_ptr", "slot_mapping_ptr")
     numbers = ("num_slots", "stride_qkv", "stride_half", "stride_block")
-    constants = ("HEADS", "HEAD_SIZE", "BLOCK", "TILE", "SCALED")
+    constants = ("HEADS", "HEAD_SIZE", "BLOCK", "TILE", "SCALED", "DEPENDENT_LAUNCH")
     variants = []
     for kind, cache, heads, block in (
         ("bf16", "bf16", 20, 16),
@@ -146,7 +157,7 @@ def compile_variants() -> list[Variant]:
     ):
         signature = dict(zip(pointers, (f"*{kind}", f"*{cache}", "*i64"), strict=True))
         signature |= dict.fromkeys(numbers, "i32") | {"k_scale": "fp32", "v_scale": "fp32"}
-        values = (heads, 64, block, triton.next_power_of_2(heads * 64), cache == "u8")
+        values = (heads, 64, block, triton.next_power_of_2(heads * 64), cache == "u8", False)
         variants.append(
             Variant(
                 name=f"kv_write {kind} to {cache.replace('u8', 'fp8')} heads{heads} block{block}",

@@ -52,11 +52,14 @@ from octavo_kernels.checks import (
     require_like,
     row_stride,
 )
+from octavo_kernels.dependent_launch import follow, launch_options, prefetch
 from octavo_kernels.gemm_plan import GemmPlan, choose, invariant_plan, skinny_plan
 from octavo_kernels.variant import Variant
 
 _SUM_TILE: Final = 512
 """Outputs of one program of the kernel that adds the parts of K."""
+_PREFETCHED = tl.constexpr(4)
+"""Tiles of a weight that are asked for before the wait of a dependent launch."""
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -79,6 +82,7 @@ def gemm_kernel(
     EVEN_K: tl.constexpr,  # TILE_K divides K
     ACTIVATION: tl.constexpr,
     FORM: tl.constexpr,  # how the tiles are multiplied: "dot" on GPUs, see _form
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Grid (M tiles, O tiles, SPLITS): programs that share weights run together, and x stays in L2."""
     first_m = tl.program_id(0) * TILE_M
@@ -93,6 +97,11 @@ def gemm_kernel(
     weight_rows = tl.minimum(cols, o - 1 - first_o)  # past the end the last row again: no mask in the loop
     part = tl.cdiv(tl.cdiv(k, TILE_K), SPLITS) * TILE_K
     begin = split * part
+    if DEPENDENT_LAUNCH:
+        PER_LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        lines = tl.minimum(begin + tl.arange(0, _PREFETCHED * TILE_K // PER_LINE) * PER_LINE, k - 1)
+        prefetch(weight_ptr + weight_rows[:, None] * k + lines[None, :])
+        follow()
     acc = tl.zeros([TILE_O, TILE_M], tl.float32)
     for start in tl.range(begin, tl.minimum(begin + part, k), TILE_K):
         at = start + depth
@@ -141,8 +150,11 @@ def sum_splits_kernel(
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Adds the parts in index order, then the epilogue. Grid (M, O tiles)."""
+    if DEPENDENT_LAUNCH:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
     live = cols < o
@@ -168,6 +180,7 @@ def linear(
     batch_invariant: bool = False,
     plan: GemmPlan | None = None,
     workspace: Tensor | None = None,
+    dependent_launch: bool = False,
 ) -> Tensor:
     """activation(x @ weight.T + bias) + residual; at most one of `activation` and `residual`.
 
@@ -175,8 +188,9 @@ def linear(
     out: [M, O], rows contiguous; all of one type; out may be residual. Sums in fp32. activation: a name of ACTIVATIONS.
     batch_invariant: a row's result has the same bits whatever M is and whatever the other rows are. plan: the Triton
     GEMM with these tiles (for measuring), else `gemm_plan` chooses. workspace: fp32, contiguous, at least
-    `workspace_size` numbers, for plans that split K; allocated where None. Returns out, or a new contiguous [M, O].
-    Raises ValueError naming the argument.
+    `workspace_size` numbers, for plans that split K; allocated where None. dependent_launch: see
+    `octavo_kernels.dependent_launch`; weight is then written by no kernel of a step. Returns out, or a new contiguous
+    [M, O]. Raises ValueError naming the argument.
     """
     _check(x, weight, bias, activation, residual, out, workspace)
     m, k = x.shape
@@ -192,7 +206,8 @@ def linear(
     if out is None:
         out = torch.empty(m, o, dtype=x.dtype, device=x.device)
     if m and o:
-        _launch(x, weight, bias, activation, residual, out, plan, workspace, _form(x, batch_invariant))
+        form = _form(x, batch_invariant)
+        _launch(x, weight, bias, activation, residual, out, plan, workspace, form, launch_options(dependent_launch))
     return out
 
 
@@ -227,6 +242,7 @@ def _launch(
     plan: GemmPlan,
     workspace: Tensor | None,
     form: str,
+    options: dict[str, Any],
 ) -> None:
     m, k = x.shape
     o = weight.shape[0]
@@ -261,6 +277,7 @@ def _launch(
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         enable_fp_fusion=True,
+        **options,
     )
     if split:
         sum_splits_kernel[(m, triton.cdiv(o, _SUM_TILE))](
@@ -277,6 +294,7 @@ def _launch(
             ACTIVATION=kind,
             num_warps=4,
             enable_fp_fusion=True,
+            **options,
         )
 
 
@@ -409,7 +427,7 @@ def _variant(
     """pointers: argument -> type; optional: which of them may be None -> whether they are there. The other arguments
     are integers, all but m multiples of 16."""
     absent = {argument: None for argument, there in optional.items() if not there}
-    constants = constants | absent
+    constants = constants | absent | {"DEPENDENT_LAUNCH": False}
     kinds = {argument: f"*{kind}" for argument, kind in pointers.items()} | dict.fromkeys(constants, "constexpr")
     return Variant(
         name=name,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_kernels.checks import require_dense_rows, require_floats, require_like, row_stride
+from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.variant import Variant
 
 
@@ -35,13 +36,16 @@ def norm_kernel(
     stride_out,
     WIDTH: tl.constexpr,  # E
     TILE: tl.constexpr,  # power of 2, at least E
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, TILE)
     live = cols < WIDTH
-    x = tl.load(x_ptr + row * stride_x + cols, mask=live, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=live, other=0.0).to(tl.float32)  # early: they do not wait for the sums
+    weight = tl.load(weight_ptr + cols, mask=live, other=0.0).to(tl.float32)  # early: they wait for nothing
     bias = tl.load(bias_ptr + cols, mask=live, other=0.0).to(tl.float32)
+    if DEPENDENT_LAUNCH:
+        follow()
+    x = tl.load(x_ptr + row * stride_x + cols, mask=live, other=0.0).to(tl.float32)
     if delta_ptr is not None:
         x += tl.load(delta_ptr + row * stride_delta + cols, mask=live, other=0.0).to(tl.float32)
         rounded = x.to(x_ptr.dtype.element_ty)
@@ -54,28 +58,40 @@ def norm_kernel(
     tl.store(out_ptr + row * stride_out + cols, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, *, dependent_launch: bool = False
+) -> Tensor:
     """out = layer norm of x's rows, with biased variance, in fp32 inside.
 
-    x, out: bf16, fp16 or fp32 [T, E], rows contiguous; out may be x. weight, bias: [E] contiguous of x's type. Returns
-    out. Raises ValueError naming the argument.
+    x, out: bf16, fp16 or fp32 [T, E], rows contiguous; out may be x. weight, bias: [E] contiguous of x's type, written
+    by no kernel of a step. dependent_launch: see `octavo_kernels.dependent_launch`. Returns out. Raises ValueError
+    naming the argument.
     """
     _check("x", x, weight, bias, out)
-    _launch(x, None, weight, bias, eps, out)
+    _launch(x, None, weight, bias, eps, out, dependent_launch)
     return out
 
 
-def add_layer_norm(residual: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> Tensor:
+def add_layer_norm(
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Tensor,
+    *,
+    dependent_launch: bool = False,
+) -> Tensor:
     """residual += delta in place, rounded to its type; out = layer norm of the sum.
 
     residual, delta, out: bf16, fp16 or fp32 [T, E] of one type, rows contiguous; out may be delta, not residual.
-    weight, bias: [E] contiguous of that type. Returns out. Raises ValueError naming the argument.
+    weight, bias, dependent_launch: as in `layer_norm`. Returns out. Raises ValueError naming the argument.
     """
     _check("residual", residual, weight, bias, out)
     require_like("delta", delta, tuple(residual.shape), residual)
     if out.data_ptr() == residual.data_ptr() and out.numel():
         raise ValueError("out: is residual, which keeps the sum")
-    _launch(residual, delta, weight, bias, eps, out)
+    _launch(residual, delta, weight, bias, eps, out, dependent_launch)
     return out
 
 
@@ -89,7 +105,9 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> N
     require_like("out", out, tuple(x.shape), x)
 
 
-def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
+def _launch(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor, dependent_launch: bool
+) -> None:
     num_rows, width = x.shape
     if num_rows == 0:
         return
@@ -107,6 +125,7 @@ def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: 
         TILE=triton.next_power_of_2(width),
         num_warps=4,
         enable_fp_fusion=False,
+        **launch_options(dependent_launch),
     )
 
 
@@ -116,7 +135,7 @@ def compile_variants() -> list[Variant]:
     for kind, width in (("bf16", 1280), ("fp16", 1280), ("fp32", 1280), ("fp32", 768)):
         for name in ("layer_norm", "add_layer_norm"):
             pointers = ["x_ptr", "weight_ptr", "bias_ptr", "out_ptr"]
-            constants = {"WIDTH": width, "TILE": triton.next_power_of_2(width)}
+            constants = {"WIDTH": width, "TILE": triton.next_power_of_2(width), "DEPENDENT_LAUNCH": False}
             if name == "add_layer_norm":
                 pointers.append("delta_ptr")
             else:
@@ -132,6 +151,7 @@ def compile_variants() -> list[Variant]:
                     constexprs=constants,
                     divisible=frozenset((*pointers, *strides)),
                     fp_fusion=False,
+                    early_loads=4,  # weight and bias, as bf16
                 )
             )
     return variants

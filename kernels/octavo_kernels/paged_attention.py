@@ -48,6 +48,7 @@ from octavo_kernels.attention_tiles import (
 from octavo_kernels.attention_variants import cache_kinds
 from octavo_kernels.attention_workspace import SPLIT, AttentionWorkspace
 from octavo_kernels.checks import row_stride
+from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.prefill_attention import PREFILL_TILE, prefill_attention, prefill_tiles
 from octavo_kernels.prefill_attention import compile_variants as prefill_attention_variants
 from octavo_kernels.variant import Variant
@@ -105,8 +106,11 @@ def decode_kernel(
     MERGED: tl.constexpr,
     QUERIES: tl.constexpr,
     FP8_FORM: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Grid (H, R, splits): the programs of a row's heads run together, as its blocks lie."""
+    if DEPENDENT_LAUNCH:
+        follow()
     TILE_N: tl.constexpr = GROUPS * REPEATS
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -213,6 +217,7 @@ def decode_attention(
     v_scale: float = 1.0,
     upcast: bool = False,
     form: str = "fma",
+    dependent_launch: bool = False,
 ) -> Tensor:
     """Attention of R rows of one token each over their context; their keys and values are written to the cache.
 
@@ -224,7 +229,7 @@ def decode_attention(
     rows contiguous. workspace: for at least R rows and B * S tokens. An fp8 cache holds key / k_scale and
     value / v_scale; other types take no scale. upcast: queries and keys are multiplied in fp32 whatever the types; the
     fma form always does. form: "fma", on CUDA cores, or "dot", on tensor cores with the sums of `verify_attention`.
-    Returns out. Raises ValueError naming the argument.
+    dependent_launch: see `octavo_kernels.dependent_launch`. Returns out. Raises ValueError naming the argument.
     """
     check_attention(qkv, layer_cache, block_tables, seq_lens, out, scale, k_scale, v_scale)
     if seq_lens.shape[0] != qkv.shape[0]:
@@ -238,7 +243,8 @@ def decode_attention(
         return out
     if form == "dot":
         scales = (scale, k_scale, v_scale)
-        decode_dot(qkv, layer_cache, block_tables, seq_lens, out, workspace, splits, scales, upcast)
+        options = launch_options(dependent_launch)
+        decode_dot(qkv, layer_cache, block_tables, seq_lens, out, workspace, splits, scales, upcast, options)
         return out
     decode_kernel[(num_heads, num_rows, splits)](
         qkv,
@@ -266,6 +272,7 @@ def decode_attention(
         FP8_FORM=fp8_form(layer_cache),
         num_warps=1,
         enable_fp_fusion=True,
+        **launch_options(dependent_launch),
     )
     return out
 

@@ -48,6 +48,7 @@ from octavo_kernels.attention_tiles import (
 )
 from octavo_kernels.attention_variants import cache_kinds
 from octavo_kernels.checks import row_stride
+from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.variant import Variant
 
 Int32s = npt.NDArray[np.int32]
@@ -85,8 +86,11 @@ def prefill_kernel(
     UPCAST: tl.constexpr,  # queries and keys are multiplied in fp32, else in qkv's type
     FORM: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Grid (H, tiles); the last tiles, which of a row's see the most keys, start first."""
+    if DEPENDENT_LAUNCH:
+        follow()
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     row = tl.load(tile_rows_ptr + tile).to(tl.int64)
@@ -142,6 +146,7 @@ def prefill_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     upcast: bool = False,
+    dependent_launch: bool = False,
 ) -> Tensor:
     """Causal attention of chunks whose keys and values are in the cache already (`kv_write`).
 
@@ -151,8 +156,8 @@ def prefill_attention(
     [R]; 0: a muted row, whose out is zeros. tile_rows, tile_starts: int32 [tiles] from `prefill_tiles`; a tile whose
     row is outside [0, R) is skipped, and so are tokens outside [0, T). All of these contiguous, on the device. out: [T,
     E] of qkv's type, rows contiguous; only the tiles' tokens are written. upcast: queries and keys are multiplied in
-    fp32 where the cache's type is wider than qkv's; products of narrower types are exact in fp32 anyway. Returns out.
-    Raises ValueError naming the argument.
+    fp32 where the cache's type is wider than qkv's; products of narrower types are exact in fp32 anyway.
+    dependent_launch: see `octavo_kernels.dependent_launch`. Returns out. Raises ValueError naming the argument.
     """
     check_attention(qkv, layer_cache, block_tables, seq_lens, out, scale, k_scale, v_scale)
     require_ints("query_start_loc", query_start_loc, (seq_lens.shape[0] + 1,), qkv)
@@ -189,6 +194,7 @@ def prefill_attention(
         FORM=product_form(qkv, fixed_order=False),
         **options,
         enable_fp_fusion=True,
+        **launch_options(dependent_launch),
     )
     return out
 

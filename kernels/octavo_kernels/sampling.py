@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_kernels.checks import FLOATS, require_contiguous, require_dense_rows, require_device, require_floats
+from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.filters import (
     FILTERS,
     MOST_RANKED,
@@ -437,7 +438,10 @@ def _sample_kernel(
     RECIPROCAL: tl.constexpr,
     NATIVE_LOG: tl.constexpr,
     TILE: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
+    if DEPENDENT_LAUNCH:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(row_slots_ptr + row).to(tl.int64)
     running = (slot >= 0) & (slot < padding_slot)
@@ -527,6 +531,7 @@ def sample(
     *,
     reciprocal: bool,
     num_threads: int,
+    dependent_launch: bool = False,
 ) -> Tensor:
     """Chooses a token for each row and moves its slot on: hist, length, finished; seen tokens and counts where used.
 
@@ -535,7 +540,7 @@ def sample(
     rows or more; `apply_history` came before for rows with BIAS, OUTPUT_PENALTY, n-gram bans or bad words. results:
     int32 [R, 4] contiguous: token, `Finish`, the token's score over the temperature by its bits, 0. reciprocal: scores
     are divided by multiplying with the fp32 reciprocal, as CUDA does. num_threads: of `philox.random_words`, a multiple
-    of 256.
+    of 256. dependent_launch: see `octavo_kernels.dependent_launch`.
 
     Token -1: rows of the padding slot, of slots out of range or finished and of slots whose length is none (finish 0,
     nothing else is written); rows without a choice (finish NON_FINITE_LOGITS or NON_FINITE_SCORES, also in the state).
@@ -579,6 +584,7 @@ def sample(
         num_warps=NUM_WARPS,
         maxnreg=MAX_REGISTERS,
         enable_fp_fusion=False,
+        **launch_options(dependent_launch),
     )
     return results
 
@@ -616,7 +622,7 @@ def compile_variants() -> list[Variant]:
 
 
 def _variant(dtype: str) -> Variant:
-    constants: dict[str, Any] = {"RECIPROCAL": True, "NATIVE_LOG": True, "TILE": TILE}
+    constants: dict[str, Any] = {"RECIPROCAL": True, "NATIVE_LOG": True, "TILE": TILE, "DEPENDENT_LAUNCH": False}
     pointers = {argument: "*i32" for argument in _sample_kernel.arg_names if argument.endswith("_ptr")}
     pointers |= {"logits_ptr": f"*{dtype}", "scores_ptr": "*fp32", "interval_ptr": "*fp32", "values_ptr": "*fp32"}
     signature = dict.fromkeys(_sample_kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")

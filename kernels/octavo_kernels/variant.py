@@ -26,7 +26,13 @@ class Variant:
     fp_fusion: bool = True
     wide_loads: bool = True  # 16-byte loads from global memory are expected
     mma: str | None = None  # tensor cores expected: "mma" everywhere, or "wgmma" on sm_90 (mma elsewhere)
+    early_loads: int = 0  # of weights, before the wait of a dependent launch, in instructions
     min_capability: int = 80  # 89 where the engine launches it only on GPUs that convert fp8
+
+    @property
+    def dependent(self) -> bool:
+        """Compiled for dependent launch, see dependent_launch.py."""
+        return bool(self.constexprs.get("DEPENDENT_LAUNCH"))
 
     def __post_init__(self) -> None:
         """Raises ValueError where the fields do not fit the kernel or each other."""

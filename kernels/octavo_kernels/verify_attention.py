@@ -43,6 +43,7 @@ from octavo_kernels.attention_tiles import (
 from octavo_kernels.attention_variants import cache_kinds
 from octavo_kernels.attention_workspace import SPLIT, AttentionWorkspace
 from octavo_kernels.checks import row_stride
+from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.prefill_attention import Int32s, needs_upcast, prefill_tiles
 from octavo_kernels.variant import Variant
 
@@ -89,8 +90,11 @@ def verify_kernel(
     UPCAST: tl.constexpr,
     FORM: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
 ):
     """Grid (H, tiles, splits)."""
+    if DEPENDENT_LAUNCH:
+        follow()
     head = tl.program_id(0)
     tile = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -194,6 +198,7 @@ def verify_attention(
     upcast: bool = False,
     tile_rows: Tensor | None = None,
     tile_starts: Tensor | None = None,
+    dependent_launch: bool = False,
 ) -> Tensor:
     """As `prefill_attention`, for rows of 1 to 16 queries, or of any number with tiles from `verify_tiles`.
 
@@ -217,7 +222,8 @@ def verify_attention(
         tiles = (query_start_loc, tile_rows, tile_starts)
         grid = (num_heads, num_tiles, splits)
         scales = (scale, k_scale, v_scale)
-        _launch(qkv, layer_cache, block_tables, seq_lens, out, workspace, grid, tiles, scales, upcast)
+        options = launch_options(dependent_launch)
+        _launch(qkv, layer_cache, block_tables, seq_lens, out, workspace, grid, tiles, scales, upcast, options)
     return out
 
 
@@ -236,11 +242,13 @@ def decode_dot(
     splits: int,
     scales: tuple[float, float, float],
     upcast: bool,
+    options: dict[str, Any],
 ) -> None:
-    """`decode_attention` on tensor cores, which has checked the arguments. scales: of scores, keys, values."""
+    """`decode_attention` on tensor cores, which has checked the arguments. scales: of scores, keys, values. options: of
+    the launch."""
     grid = (layer_cache.shape[2], qkv.shape[0], splits)
     tiles = (None, None, None)
-    _launch(qkv, layer_cache, block_tables, seq_lens, out, workspace, grid, tiles, scales, upcast)
+    _launch(qkv, layer_cache, block_tables, seq_lens, out, workspace, grid, tiles, scales, upcast, options)
 
 
 def _launch(
@@ -254,6 +262,7 @@ def _launch(
     tiles: tuple[Tensor | None, Tensor | None, Tensor | None],
     scales: tuple[float, float, float],
     upcast: bool,
+    launch: dict[str, Any],
 ) -> None:
     """tiles: query_start_loc, tile_rows, tile_starts; without query_start_loc rows are of one token, which is written
     to the cache."""
@@ -295,6 +304,7 @@ def _launch(
         FORM=product_form(qkv, fixed_order=True),
         **options,
         enable_fp_fusion=True,
+        **launch,
     )
 
 

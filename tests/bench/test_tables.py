@@ -45,6 +45,9 @@ RUNS: dict[str, tuple[list[dict[str, Any]], str]] = {
 }
 
 
+PART = {"record": "part", "batch": 16, "context": 64, "ms": 4.0, "share": 0.25}
+
+
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
@@ -67,6 +70,16 @@ def test_documents_are_what_their_records_say(tables: ModuleType) -> None:
         text = path.read_text()
         assert tables.SECTION.search(text), f"{path.name} has no table"
         assert text == tables.rewritten(text, tables.RESULTS), "run: python bench/tables.py"
+
+
+def test_parts_of_a_step_are_shares_and_parts_of_their_floors(tables: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path / "step.jsonl", [PART | {"name": "qkv", "floor": 3.0}, PART | {"name": "update", "floor": None}])
+    with (tmp_path / "step.jsonl").open("a") as later:  # a run without parts, as on a GPU
+        later.write(json.dumps({"record": "run", **HEADER, "commit": "later"}) + "\n")
+    text = tables.step_parts(tmp_path)
+    assert "later" not in text
+    assert "| part | share, batch 16, context 64 | of floor |" in text
+    assert "| qkv | 25.0% | 75% |\n| update | 25.0% |  |" in text
 
 
 @pytest.mark.parametrize("name", RUNS)

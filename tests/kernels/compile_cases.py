@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from octavo_kernels.dependent_launch import follow
 from octavo_kernels.variant import Variant
 
 
@@ -37,6 +38,18 @@ def transposed(x_ptr, y_ptr, TILE: tl.constexpr):
     tl.store(y_ptr + rows * TILE + columns, total)
 
 
+@triton.jit
+def hurry(x_ptr, y_ptr, TILE: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr):
+    """Reads, and half of its programs end, before the kernel in front has ended."""
+    offsets = tl.arange(0, TILE)
+    x = tl.load(x_ptr + offsets)
+    if tl.program_id(0) % 2 == 0:
+        return
+    if DEPENDENT_LAUNCH:
+        follow()
+    tl.store(y_ptr + offsets, x)
+
+
 def compile_variants() -> list[Variant]:
     copying = {"x_ptr": "*bf16", "y_ptr": "*bf16", "stride": "i32", "TILE": "constexpr"}
     pointers = frozenset({"x_ptr", "y_ptr", "z_ptr"})
@@ -54,5 +67,12 @@ def compile_variants() -> list[Variant]:
             {"TILE": 64},
             frozenset({"x_ptr", "y_ptr"}),
             num_warps=1,
+        ),
+        Variant(
+            "case/hurry",
+            hurry,
+            {"x_ptr": "*bf16", "y_ptr": "*bf16", "TILE": "constexpr", "DEPENDENT_LAUNCH": "constexpr"},
+            {"TILE": 1024, "DEPENDENT_LAUNCH": False},
+            frozenset({"x_ptr", "y_ptr"}),
         ),
     ]

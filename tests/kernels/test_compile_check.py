@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 from octavo_kernels import compile_check
-from octavo_kernels.compile_check import Measured, failures, instructions, read_baseline, regressions, write_baseline
+from octavo_kernels.compile_check import (
+    JUDGED,
+    Measured,
+    collect,
+    dependence,
+    dependents,
+    failures,
+    instructions,
+    read_baseline,
+    regressions,
+    write_baseline,
+)
 from octavo_kernels.variant import Variant
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -35,7 +46,8 @@ MEASURED = Measured(
 def run(*arguments: object, interpret: str = "0") -> subprocess.CompletedProcess[str]:
     """The command, in a process where kernels are compiled, not interpreted."""
     command = [sys.executable, "-m", "octavo_kernels.compile_check", "--families", "kernels.compile_cases", "--jobs=1"]
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": str(TESTS)}
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": path}
     return subprocess.run(
         [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
     )
@@ -59,6 +71,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comple
         ("small dot", "no wgmma"),
         ("no dot", "no tensor core instruction"),
         ("spills", "spill instructions"),
+        ("hurry dependent", "does not wait on every path, or does not let the next kernel start"),
+        ("hurry dependent", "1 loads and 0 writes before the wait, 0 loads of weights expected"),
     ],
 )
 def test_each_fault_is_named_and_fails(
@@ -137,6 +151,30 @@ def test_instructions_are_counted_by_width() -> None:
     """
     counted = instructions(ptx)
     assert (counted["loads"], counted["loads16"], counted["cp_async"], counted["wgmma"]) == (6, 3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("mov; griddepcontrol.wait; griddepcontrol.launch_dependents; ld.global.b32; ret;", (1, 1, 0, 0)),
+        ("ld.param.b64; prefetch.global.L2 [a]; griddepcontrol.wait; st.global.b32;", (1, 0, 0, 0)),
+        ("ld.global.L1::evict_last.v4.b32; cp.async.cg.shared.global [a]; griddepcontrol.wait;", (1, 0, 2, 0)),
+        ("st.global.b32; atom.acq_rel.gpu.global.add; griddepcontrol.wait;", (1, 0, 0, 2)),
+        ("@%p1 bra $L1; griddepcontrol.wait;", (0, 0, 0, 0)),
+        ("@%p1 ret; griddepcontrol.wait;", (0, 0, 0, 0)),
+        ("ld.global.b32; st.global.b32; ret;", (0, 0, 0, 0)),
+    ],
+)
+def test_what_comes_before_the_wait_is_counted(body: str, expected: tuple[int, ...]) -> None:
+    assert tuple(dependence(f".entry kernel() {{ {body} }}")[field] for field in JUDGED) == expected
+
+
+def test_every_kernel_of_a_step_has_one_variant_for_dependent_launch() -> None:
+    """But for those with tensor cores of two kinds."""
+    names = [name.removesuffix(" dependent") for name in dependents(collect())]
+    families = {name.split("/")[0].split()[0] for name in names}
+    assert families == {"embed", "history", "inputs", "kv_write", "linear", "norm", "paged_attention", "sampling"}
+    assert len(names) <= 20
 
 
 def test_baseline_survives_writing_and_reading(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfi
 from octavo.frontend.watermarks import resolve_watermark
 from octavo.step import LogprobSpec, ModelRunnerOutput, NewRequest, SchedulerOutput
 from octavo.types import EngineLoad, GenerationParams, GreenListWatermark, LogprobKind, SequenceBias, Watermark
+from octavo.worker import model_loader
+from octavo.worker.device import DEPENDENT_LAUNCH_CAPABILITY
 from octavo.worker.host_sampler import HostSampler
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.runner import load_runner
@@ -101,7 +105,7 @@ def _smaller(value: Any) -> Any:
     return [_smaller(item) for item in value]
 
 
-def answers_of(device: str, path: Path, cases: list[Case], **fields: int | bool) -> tuple[list[Answer], EngineLoad]:
+def answers_of(device: str, path: Path, cases: list[Case], **fields: Any) -> tuple[list[Answer], EngineLoad]:
     config = config_of(device, path, **fields)
     runner = load_runner(config, lambda text: None)
     if isinstance(runner, ModelRunner):
@@ -109,9 +113,16 @@ def answers_of(device: str, path: Path, cases: list[Case], **fields: int | bool)
     return engine_answers(config, cases, order_seed=1, runner=runner)
 
 
-def config_of(device: str, path: Path, **fields: int | bool) -> EngineConfig:
+def config_of(device: str, path: Path, **fields: Any) -> EngineConfig:
     return EngineConfig(
-        model=ModelConfig(path=str(path), name="tiny", device=device, dtype="float32"),
+        model=ModelConfig(
+            path=str(path),
+            name="tiny",
+            device=device,
+            dtype="float32",
+            cuda_graphs=fields.get("cuda_graphs", True),
+            dependent_launch=fields.get("dependent_launch", "off"),
+        ),
         cache=CacheConfig(
             block_size=int(fields.get("block_size", 16)),
             num_blocks=int(fields.get("num_blocks", 100)),
@@ -222,6 +233,39 @@ def test_a_gpu_gives_the_greedy_tokens_of_the_cpu_path(path, cases):
     """Seeded draws are left out: a GPU divides and takes logarithms in its own way."""
     greedy = [case for case in cases if not case.params["do_sample"]]
     assert answers_of("cuda", path, greedy)[0] == answers_of("cpu", path, greedy)[0]
+
+
+def test_dependent_launch_is_of_every_kernel_of_a_step(path, monkeypatch):
+    """The interpreter cannot launch so: what the kernels' launches are asked for is recorded instead."""
+    import octavo.worker.device_runner  # noqa: F401 -- so that all kernels are there to be patched
+
+    asked: dict[str, set[bool]] = {}
+
+    def recorded(family: str) -> Callable[[bool], dict[str, bool]]:
+        def options(dependent_launch: bool) -> dict[str, bool]:
+            asked.setdefault(family, set()).add(dependent_launch)
+            return {"DEPENDENT_LAUNCH": False}
+
+        return options
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("octavo_kernels.") and hasattr(module, "launch_options"):
+            monkeypatch.setattr(module, "launch_options", recorded(name.removeprefix("octavo_kernels.")))
+    monkeypatch.setattr(model_loader, "uses_dependent_launch", lambda config, device: True)
+    params = {"do_sample": False, "no_repeat_ngram_size": 2}
+    answers_of("interpreter", path, [Case([1, 2, 3, 4], seed=0, num_sequences=1, max_new_tokens=2, params=params)])
+    families = "embed history inputs kv_write linear norm paged_attention prefill_attention sampling"
+    assert asked == {family: {True} for family in families.split()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "eager"])
+def test_dependent_launch_changes_no_token(path, cases, cuda_graphs):
+    if torch.cuda.get_device_capability() < DEPENDENT_LAUNCH_CAPABILITY:
+        pytest.skip("needs compute capability 9.0")
+    off = answers_of("cuda", path, cases, cuda_graphs=cuda_graphs)[0]
+    for _ in range(2):
+        assert answers_of("cuda", path, cases, cuda_graphs=cuda_graphs, dependent_launch="auto")[0] == off
 
 
 @pytest.mark.gpu

@@ -4,8 +4,9 @@ import pytest
 import torch
 from octavo.checkpoint import ModelSpec
 from octavo.config import ModelConfig
+from octavo.errors import StartupError
 from octavo.worker import device
-from octavo.worker.device import choose_dtype, choose_load_dtype
+from octavo.worker.device import choose_dtype, choose_load_dtype, uses_dependent_launch
 from octavo.worker.gpt2 import GPT2
 from octavo.worker.weights import expected_shapes
 from octavo_kernels.cpu import linear
@@ -33,6 +34,26 @@ def test_fp16_weights_keep_their_bits_where_a_cpu_multiplies_by_fp16(monkeypatch
     config, spec = ModelConfig(path="", name="", dtype=asked), ModelSpec(dtype=stored)
     dtype = choose_dtype(config, spec, CPU)
     assert (dtype, choose_load_dtype(config, spec, CPU, dtype)) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "capability", "expected"),
+    [
+        ("off", "cuda", (9, 0), False),
+        ("auto", "cuda", (9, 0), True),
+        ("auto", "cuda", (12, 0), True),
+        ("auto", "cuda", (8, 9), False),
+        ("auto", "cpu", None, False),
+    ],
+)
+def test_dependent_launch_is_used_where_it_is_asked_for_and_can_be(monkeypatch, asked, kind, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert uses_dependent_launch(ModelConfig(path="", name="", dependent_launch=asked), torch.device(kind)) is expected
+
+
+def test_another_value_of_dependent_launch_is_refused():
+    with pytest.raises(StartupError, match="dependent-launch 'on'"):
+        uses_dependent_launch(ModelConfig(path="", name="", dependent_launch="on"), CPU)
 
 
 def test_a_gpu_takes_a_checkpoint_as_it_is_stored():

@@ -15,6 +15,8 @@ from octavo.errors import StartupError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+DEPENDENT_LAUNCH_CAPABILITY = (9, 0)
+
 
 def choose_device(name: str) -> torch.device:
     """The device of `--device`: "auto", "cpu", "cuda" or "interpreter" (the kernels, on the CPU). Raises StartupError
@@ -45,6 +47,16 @@ def _interpret_kernels() -> None:
 def uses_kernels(name: str, device: torch.device) -> bool:
     """Whether the model runs on the Triton kernels. name: of `--device`."""
     return device.type == "cuda" or name == "interpreter"
+
+
+def uses_dependent_launch(config: ModelConfig, device: torch.device) -> bool:
+    """Whether a step's kernels are launched as `octavo_kernels.dependent_launch` says: if it is asked for and the GPU
+    can. Raises StartupError (USAGE)."""
+    if config.dependent_launch not in ("auto", "off"):
+        raise StartupError(StartupError.USAGE, f'dependent-launch {config.dependent_launch!r}: must be "auto" or "off"')
+    if config.dependent_launch == "off" or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= DEPENDENT_LAUNCH_CAPABILITY
 
 
 def choose_dtype(config: ModelConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:

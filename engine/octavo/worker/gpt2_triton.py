@@ -79,10 +79,16 @@ class TritonGPT2:
         device: torch.device,
         dtype: torch.dtype,
         batch_invariant: bool = False,
+        dependent_launch: bool = False,
     ) -> None:
-        """As `gpt2.GPT2`. batch_invariant: a row's logits have the same bits whatever the other rows are."""
+        """As `gpt2.GPT2`. batch_invariant: a row's logits have the same bits whatever the other rows are.
+        dependent_launch: of all of a step's kernels, see `octavo_kernels.dependent_launch`."""
         check_activation(spec)
-        self._linear = partial(linear, batch_invariant=batch_invariant)
+        self.dependent_launch = dependent_launch
+        self._linear = partial(linear, batch_invariant=batch_invariant, dependent_launch=dependent_launch)
+        self._embed = partial(embed, dependent_launch=dependent_launch)
+        self._layer_norm = partial(layer_norm, dependent_launch=dependent_launch)
+        self._add_layer_norm = partial(add_layer_norm, dependent_launch=dependent_launch)
         self.spec = spec
         self.device = device
         self.dtype = dtype
@@ -121,19 +127,19 @@ class TritonGPT2:
         """
         eps = self.spec.layer_norm_epsilon
         hidden = torch.empty(len(batch.input_ids), self.spec.n_embd, dtype=self.dtype, device=self.device)
-        embed(batch.input_ids, batch.positions, self._wte, self._wpe, hidden)
+        self._embed(batch.input_ids, batch.positions, self._wte, self._wpe, hidden)
         normed = torch.empty_like(hidden)
         first = self._blocks[0].ln_1
-        layer_norm(hidden, first.weight, first.bias, eps, normed)
+        self._layer_norm(hidden, first.weight, first.bias, eps, normed)
         next_norms = [block.ln_1 for block in self._blocks[1:]] + [self._ln_f]
         for block, layer_cache, next_norm in zip(self._blocks, kv_cache.data, next_norms, strict=True):
             qkv = self._linear(normed, block.c_attn.weight, block.c_attn.bias)
             attended = self._attend(batch, qkv, layer_cache, block.attn_scale)
             delta = self._linear(attended, block.attn_proj.weight, block.attn_proj.bias)
-            add_layer_norm(hidden, delta, block.ln_2.weight, block.ln_2.bias, eps, normed)
+            self._add_layer_norm(hidden, delta, block.ln_2.weight, block.ln_2.bias, eps, normed)
             inner = self._linear(normed, block.c_fc.weight, block.c_fc.bias, activation=self.spec.activation_function)
             delta = self._linear(inner, block.mlp_proj.weight, block.mlp_proj.bias)
-            add_layer_norm(hidden, delta, next_norm.weight, next_norm.bias, eps, normed)
+            self._add_layer_norm(hidden, delta, next_norm.weight, next_norm.bias, eps, normed)
             self.num_layers_computed += 1
         return normed
 
@@ -147,7 +153,8 @@ class TritonGPT2:
         out = torch.empty(qkv.shape[0], self.spec.n_embd, dtype=qkv.dtype, device=qkv.device)
         decodes, upcast = batch.num_decode_rows, self.spec.reorder_and_upcast_attn
         if batch.tile_rows is not None and batch.tile_starts is not None:
-            kv_write(qkv[decodes:], layer_cache, batch.slot_mapping[decodes:])
+            prompts, slots = qkv[decodes:], batch.slot_mapping[decodes:]
+            kv_write(prompts, layer_cache, slots, dependent_launch=self.dependent_launch)
             prefill_attention(
                 qkv,
                 layer_cache,
@@ -159,6 +166,7 @@ class TritonGPT2:
                 out,
                 scale=scale,
                 upcast=upcast,
+                dependent_launch=self.dependent_launch,
             )
         if decodes:
             decode_attention(
@@ -170,6 +178,7 @@ class TritonGPT2:
                 self._workspace,
                 scale=scale,
                 upcast=upcast,
+                dependent_launch=self.dependent_launch,
             )
         return out
 

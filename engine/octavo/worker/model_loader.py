@@ -21,6 +21,7 @@ from octavo.worker.device import (
     choose_load_dtype,
     describe_device,
     resolve_budget,
+    uses_dependent_launch,
     uses_kernels,
 )
 from octavo.worker.gpt2 import GPT2
@@ -114,6 +115,7 @@ def load_model(config: EngineConfig, progress: Callable[[str], None]) -> LoadedM
 def _make_model(
     config: EngineConfig, spec: ModelSpec, weights: FrugalWeights, device: torch.device, dtype: torch.dtype
 ) -> Model:
+    dependent_launch = uses_dependent_launch(config.model, device)
     if not uses_kernels(config.model.device, device):
         if config.model.batch_invariant:
             raise StartupError(StartupError.USAGE, "batch-invariant works on the kernels only, not with --device cpu")
@@ -124,7 +126,14 @@ def _make_model(
         )
     from octavo.worker.gpt2_triton import TritonGPT2  # Triton reads its environment when it is imported
 
-    return TritonGPT2(spec, weights, device=device, dtype=dtype, batch_invariant=config.model.batch_invariant)
+    return TritonGPT2(
+        spec,
+        weights,
+        device=device,
+        dtype=dtype,
+        batch_invariant=config.model.batch_invariant,
+        dependent_launch=dependent_launch,
+    )
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

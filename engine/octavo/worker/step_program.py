@@ -92,6 +92,7 @@ class StepProgram:
             inputs,
             block_size=self._kv_cache.block_size,
             num_blocks=self._kv_cache.data.shape[2],
+            dependent_launch=self.model.dependent_launch,
         )
         batch = DeviceBatch(
             input_ids=inputs.input_ids,
@@ -111,9 +112,16 @@ class StepProgram:
         return StepTensors(hidden, logits, self._results[: shape.num_rows])
 
     def _sample(self, logits: Tensor, slots: Tensor, *, history: bool) -> None:
-        reciprocal = self.device.type == "cuda"
+        reciprocal, dependent_launch = self.device.type == "cuda", self.model.dependent_launch
         if history:
-            apply_history(logits, self._state, slots, self.workspace, reciprocal=reciprocal)
+            apply_history(
+                logits,
+                self._state,
+                slots,
+                self.workspace,
+                reciprocal=reciprocal,
+                dependent_launch=dependent_launch,
+            )
         sample(
             logits,
             self._state,
@@ -122,4 +130,5 @@ class StepProgram:
             self._results[: len(slots)],
             reciprocal=reciprocal,
             num_threads=self.num_threads,
+            dependent_launch=dependent_launch,
         )
