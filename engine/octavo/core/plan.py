@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from octavo.core.running_batch import Slots
 from octavo.step import Int32s, NewRequest, SchedulerOutput
 
-_NONE: Int32s = np.empty(0, np.int32)
+_NONE: Slots = np.empty(0, np.intp)
 
 
 @dataclass(slots=True)
@@ -17,7 +18,7 @@ class Plan:
 
     budget: int
     """Tokens left."""
-    decode: Int32s = field(default_factory=lambda: _NONE)
+    decode: Slots = field(default_factory=lambda: _NONE)
     """Running slots with one token to compute, which samples."""
     prefill: list[tuple[int, int]] = field(default_factory=list)
     """(slot, tokens) of running slots that catch up."""

@@ -8,6 +8,10 @@ import numpy.typing as npt
 from octavo.core.request import Request
 from octavo.step import Bools, Int32s
 
+Slots = npt.NDArray[np.intp]
+"""Slots to index arrays with: numpy takes these as they are, and copies any other integers first, at ten times the
+cost."""
+
 
 class RunningBatch:
     """Counters and tokens by slot. Owned by the scheduler.
@@ -47,7 +51,7 @@ class RunningBatch:
         """Slots for which that is so."""
         self._free_slots = list(range(size - 1, -1, -1))
         self._running: dict[int, None] = {}  # slots that may be scheduled, in order of admission
-        self._order: Int32s | None = None
+        self._order: Slots | None = None
 
     @property
     def num_free_slots(self) -> int:
@@ -58,10 +62,10 @@ class RunningBatch:
         return len(self._running)
 
     @property
-    def order(self) -> Int32s:
+    def order(self) -> Slots:
         """[N] slots that may be scheduled, in order of admission."""
         if self._order is None:
-            self._order = np.fromiter(self._running, np.int32, len(self._running))
+            self._order = np.fromiter(self._running, np.intp, len(self._running))
         return self._order
 
     def occupied_slots(self) -> list[int]:

@@ -35,13 +35,12 @@ from octavo.core.outputs import Events, prompt_logprob_columns
 from octavo.core.plan import Plan
 from octavo.core.request import Group, Request, RequestStatus, is_guided
 from octavo.core.results import take_tokens
-from octavo.core.running_batch import RunningBatch
+from octavo.core.running_batch import RunningBatch, Slots
 from octavo.core.waiting_queue import Timers, WaitingQueue
 from octavo.errors import Reason
 from octavo.ipc import EngineCoreOutputs, EngineCoreRequest, PromptStarted
 from octavo.step import (
     BeamChoice,
-    Int32s,
     LogprobSpec,
     ModelRunnerOutput,
     NewRequest,
@@ -250,7 +249,7 @@ class Scheduler:
         if self._beams:
             self._beams.catch_up(plan)
         if plan.preempted or plan.stalled:
-            plan.decode = np.array([s for s in plan.decode.tolist() if self._may_run(plan, s)], np.int32)
+            plan.decode = np.array([s for s in plan.decode.tolist() if self._may_run(plan, s)], np.intp)
             plan.prefill = [(s, n) for s, n in plan.prefill if self._may_run(plan, s)]
             plan.beams = [(s, n) for s, n in plan.beams if batch.is_running(s)]
             plan.grown = [entry for entry in plan.grown if batch.is_running(entry[0])]
@@ -465,7 +464,7 @@ class Scheduler:
         longer = several + [(slot, 1 + len(draft)) for slot, draft in plan.drafts]
         num_decode_rows = len(plan.decode) + len(single)
         if single or longer:
-            slots = np.concatenate([plan.decode, np.array(single + [slot for slot, _ in longer], np.int32)])
+            slots = np.concatenate([plan.decode, np.array(single + [slot for slot, _ in longer], np.intp)])
             scheduled = np.ones(len(slots), np.int32)
             scheduled[num_decode_rows:] = [count for _, count in longer]
         else:
@@ -479,7 +478,9 @@ class Scheduler:
         batch.num_tokens[slots] += samples & ~batch.is_beam[slots] if plan.beams else samples
         batch.in_flight[slots] += 1
         self._num_in_flight += 1
-        step = SchedulerOutput(next(self._step_ids), slots, computed, scheduled, samples, num_decode_rows)
+        step = SchedulerOutput(
+            next(self._step_ids), slots.astype(np.int32), computed, scheduled, samples, num_decode_rows
+        )
         plan.attach(step)
         step.freed_slots, self._freed_slots = self._freed_slots, []
         step.released_groups, self._released_groups = self._released_groups, []
@@ -503,20 +504,20 @@ class Scheduler:
 
     def update(self, step: SchedulerOutput, output: ModelRunnerOutput, now: float) -> dict[int, EngineCoreOutputs]:
         """Takes the results of a launched step, in launch order: appends tokens, ends requests, returns blocks."""
-        batch, slots = self.batch, step.slots
+        batch, slots = self.batch, step.slots.astype(np.intp)
         batch.in_flight[slots] -= 1
         self._num_in_flight -= 1
         for row, reason in output.failed:
             if batch.live[slots[row]]:
                 self._fail(batch.request_at(int(slots[row])), reason, forget=True)
-        tokens = take_tokens(batch, step, output, now)
+        tokens = take_tokens(batch, step, slots, output, now)
         if step.drafts:
             self.drafts.note(step, output.further)
         follow(batch, tokens.slots)
         self._announce(tokens.slots)
         for values in output.prompt_logprobs:
             self._send_prompt_logprobs(batch.requests[int(slots[values.row])], values)
-        self._index_full_blocks(step)
+        self._index_full_blocks(step, slots)
         for choice in output.beams:
             self._take_choice(choice)
         for slot in tokens.slots[tokens.finish != 0].tolist():
@@ -541,11 +542,10 @@ class Scheduler:
             self._events.found(request, choice.found)
             self._end_reported(request)
 
-    def _index_full_blocks(self, step: SchedulerOutput) -> None:
+    def _index_full_blocks(self, step: SchedulerOutput, slots: Slots) -> None:
         """Blocks filled by this step hold tokens that are known by now."""
         if not self.pool.enable_prefix_caching:
             return
-        slots = step.slots
         reached = step.num_computed + step.num_scheduled
         if step.drafts:
             reached[-len(step.drafts) :] = self.batch.num_known[slots[-len(step.drafts) :]] - 1
@@ -557,7 +557,7 @@ class Scheduler:
                 computed = min(computed, len(request.group.prompt))
             self.kv.index(slot, request, self.batch.token_ids[slot], computed)
 
-    def _announce(self, slots: Int32s) -> None:
+    def _announce(self, slots: Slots) -> None:
         """Tells the front-ends of prompts whose first token is here."""
         for slot in slots[self.batch.announces[slots]].tolist():
             self.batch.announces[slot] = False
@@ -581,7 +581,7 @@ class Scheduler:
             columns = prompt_logprob_columns(group.spec.key, values, skip)
             self._events.of(request.frontend).prompt_logprobs.append(columns)
 
-    def _vacate_landed(self, slots: Int32s) -> None:
+    def _vacate_landed(self, slots: Slots) -> None:
         """Empties slots that were only waiting for this step: ended, or preempted in flight."""
         batch = self.batch
         for slot in list(self._evicting):
