@@ -58,12 +58,8 @@ def double_free(patch: Patch) -> None:
 
 def block_off_by_one(patch: Patch) -> None:
     """A sequence whose tokens just fill its blocks counts as needing one block less."""
-    allocate = KVCacheManager.allocate_slots
-
-    def mutant(self: KVCacheManager, slot: int, num_tokens: int) -> list[int] | None:
-        return allocate(self, slot, num_tokens - 1)
-
-    patch.setattr(KVCacheManager, "allocate_slots", mutant)
+    blocks_for = KVCacheManager.blocks_for
+    patch.setattr(KVCacheManager, "blocks_for", lambda self, num_tokens: blocks_for(self, num_tokens - 1))
 
 
 def wrong_block_in_hit(patch: Patch) -> None:
@@ -101,7 +97,7 @@ def abort_skipped_while_waiting(patch: Patch) -> None:
     abort = Scheduler.abort
 
     def mutant(self: Scheduler, frontend: int, keys: Iterable[int]) -> None:
-        requests = {key: self._requests.get((frontend, key)) for key in keys}
+        requests = {key: self._table.get(frontend, key) for key in keys}
         kept = [k for k, r in requests.items() if r is None or r.status is not RequestStatus.WAITING]
         abort(self, frontend, kept)
 

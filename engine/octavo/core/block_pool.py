@@ -48,7 +48,9 @@ class BlockPool:
         """`count` blocks with one owner each, or None and nothing has changed."""
         if count > self.num_free:
             return None
-        blocks = [heapq.heappop(self._free) if self._free else self._evict() for _ in range(count)]
+        free = self._free
+        blocks = [heapq.heappop(free) for _ in range(min(count, len(free)))]
+        blocks += [self._evict() for _ in range(count - len(blocks))]
         for block in blocks:
             self.ref_counts[block] = 1
         return blocks
@@ -62,10 +64,12 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """One owner less for each. Later blocks of a sequence are given up for eviction before earlier ones."""
+        ref_counts = self.ref_counts
         for block in reversed(blocks):
-            assert self.ref_counts[block] > 0, f"block {block} released without an owner"
-            self.ref_counts[block] -= 1
-            if self.ref_counts[block] > 0:
+            left = ref_counts[block] - 1
+            assert left >= 0, f"block {block} released without an owner"
+            ref_counts[block] = left
+            if left:
                 continue
             if block in self._hash_of:
                 self._cached[block] = None
@@ -76,8 +80,9 @@ class BlockPool:
         """The block, owned or cached, that holds the tokens with this chained hash."""
         return self._block_of.get(block_hash)
 
-    def is_unowned(self, block: int) -> bool:
-        return self.ref_counts[block] == 0
+    def num_unowned(self, blocks: Iterable[int]) -> int:
+        """How many of these, which are owned or cached, nobody owns."""
+        return [self.ref_counts[block] for block in blocks].count(0)
 
     def insert(self, block: int, block_hash: bytes) -> None:
         """Indexes an owned block. A hash that is known already keeps its first block."""

@@ -49,6 +49,8 @@ class RunningBatch:
         """Not scheduled while a token of it is in flight."""
         self.num_waiting = 0
         """Slots for which that is so."""
+        self.evicting: dict[int, None] = {}
+        """Slots of preempted requests that a launched step contains; of several rows the first."""
         self._free_slots = list(range(size - 1, -1, -1))
         self._running: dict[int, None] = {}  # slots that may be scheduled, in order of admission
         self._order: Slots | None = None
@@ -86,7 +88,6 @@ class RunningBatch:
         self.num_tokens[slot] = self.num_known[slot] = length
         self.num_computed[slot] = num_computed
         self.max_total[slot] = spec.max_total_tokens
-        self.in_flight[slot] = 0
         self.live[slot] = True
         self.announces[slot] = not request.group.announced
         self.frontend[slot] = request.frontend
@@ -116,19 +117,23 @@ class RunningBatch:
     def is_running(self, slot: int) -> bool:
         return slot in self._running
 
-    def remove(self, slot: int) -> None:
-        """Empties the slot. No launched step may contain it."""
-        assert self.in_flight[slot] == 0, f"slot {slot} is in flight"
-        self.stop(slot)
-        request = self.request_at(slot)
-        request.slot = -1
-        request.group.num_slots -= 1
-        self.requests[slot] = None
-        self.num_waiting -= int(self.waits[slot])
-        self.live[slot] = self.is_beam[slot] = self.waits[slot] = False
-        self.num_timed -= int(self.end_time[slot] < np.inf)
-        self.end_time[slot] = np.inf
-        self._free_slots.append(slot)
+    def remove(self, slots: Slots) -> None:
+        """Empties these slots. No launched step may contain them."""
+        assert not self.in_flight[slots].any(), f"one of the slots {slots} is in flight"
+        for slot in slots.tolist():
+            self.stop(slot)
+            request = self.request_at(slot)
+            request.slot = -1
+            request.group.num_slots -= 1
+            self.requests[slot] = None
+            self._free_slots.append(slot)
+        self.live[slots] = self.is_beam[slots] = False
+        if self.num_waiting:
+            self.num_waiting -= int(np.count_nonzero(self.waits[slots]))
+            self.waits[slots] = False
+        if self.num_timed:
+            self.num_timed -= int(np.count_nonzero(self.end_time[slots] < np.inf))
+            self.end_time[slots] = np.inf
 
     def known_tokens(self, slot: int) -> Int32s:
         """A copy of prompt and output so far."""
