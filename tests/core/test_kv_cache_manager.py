@@ -52,7 +52,7 @@ def test_owned_shared_blocks_cost_nothing_but_cached_ones_count() -> None:
     blocks = kv.allocate_slots(0, 8)
     assert blocks is not None
     for index, block in enumerate(blocks):
-        kv.pool.insert(block, bytes([index]))
+        kv.pool.insert([block], [bytes([index])])
     assert kv.can_admit(blocks, 16, keep_watermark=False)
     kv.free(np.array([0]))
     assert kv.can_admit(blocks, 16, keep_watermark=False)  # four blocks, two of them cached
@@ -111,7 +111,7 @@ def test_prefix_is_found_by_full_blocks_and_never_whole() -> None:
     kv = manager()
     first = waiting(list(range(12)))
     blocks = kv.allocate_slots(0, 12)
-    kv.index(0, first, first.token_ids, 12)
+    kv.index(np.array([0]), [first], first.token_ids[None], np.array([12 // 4], np.int32))
     assert blocks is not None
     assert kv.find_prefix(waiting(list(range(13)))) == blocks
     assert kv.find_prefix(waiting(list(range(12)))) == blocks[:2]
@@ -123,7 +123,7 @@ def test_only_computed_full_blocks_are_indexed() -> None:
     first = waiting(list(range(12)))
     blocks = kv.allocate_slots(0, 12)
     assert blocks is not None
-    kv.index(0, first, first.token_ids, 7)
+    kv.index(np.array([0]), [first], first.token_ids[None], np.array([7 // 4], np.int32))
     assert kv.find_prefix(waiting(list(range(13)))) == blocks[:1]
 
 

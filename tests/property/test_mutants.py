@@ -48,7 +48,7 @@ def double_free(patch: Patch) -> None:
     def mutant(self: BlockPool, blocks: Sequence[int]) -> None:
         for block in blocks:
             self.ref_counts[block] = max(self.ref_counts[block] - 1, 0)
-            if self.ref_counts[block] == 0 and block not in self._hash_of:
+            if self.ref_counts[block] == 0 and not self._hash_of[block]:
                 self._free += [block, block]
             elif self.ref_counts[block] == 0:
                 self._cached[block] = None
@@ -171,13 +171,7 @@ def hash_without_parent(patch: Patch) -> None:
 def evicted_block_still_indexed(patch: Patch) -> None:
     """The hash index is not told that a cached block was taken for something else."""
 
-    def mutant(self: BlockPool) -> int:
-        block, _ = self._cached.popitem(last=False)
-        self._block_of.pop(self._hash_of[block], None)
-        self._block_of[self._hash_of.pop(block)] = block
-        return block
-
-    patch.setattr(BlockPool, "_evict", mutant)
+    patch.setattr(BlockPool, "_unhash", lambda self, block: self._hash_of.__setitem__(block, b""))
 
 
 def token_not_awaited(patch: Patch) -> None:

@@ -77,14 +77,16 @@ class Admission:
             copies = kv.fork(slot, group.held_blocks, num_cached)
             assert copies is not None
             plan.copies += [(slot, *copy) for copy in copies]
+            block_ids = kv.table_of(slot)
         else:
-            kv.admit(slot, shared, num_tokens)  # of all chunks, so that none is promised twice
+            block_ids = kv.admit(slot, shared, num_tokens)  # of all chunks, so that none is promised twice
         self._note_admission(request, num_cached, now)
         count = min(num_tokens - num_cached, plan.budget, self._max_chunk_tokens or num_tokens)
         plan.admitted.append((slot, count))
         plan.budget -= count
-        plan.new_requests.append(_new_request(request, slot, request.row, kv.table_of(slot), num_cached, forked=fork))
-        self._shares.note_fork(request)
+        plan.new_requests.append(_new_request(request, slot, request.row, block_ids, num_cached, forked=fork))
+        if request.forks:
+            self._shares.note_fork(request)
         return True
 
     def _enter(self, request: Request, num_cached: int) -> int:

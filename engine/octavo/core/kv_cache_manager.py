@@ -53,34 +53,37 @@ class KVCacheManager:
             return []
         if request.spec.prompt_logprobs is not None:
             return []  # every position's logits are wanted
-        found = []
-        for block_hash in request.hashes(
-            request.token_ids, (request.num_tokens - 1) // self.block_size, self.block_size
-        ):
-            block = self.pool.lookup(block_hash)
-            if block is None:
-                break
-            found.append(block)
-        return found
+        count = (request.num_tokens - 1) // self.block_size
+        return self.pool.lookup(request.hashes(request.token_ids, count, self.block_size))
 
     def can_admit(self, shared: list[int], num_tokens: int, keep_watermark: bool, num_more: int = 0) -> bool:
         """Whether a request of `num_tokens` that shares these blocks fits as a whole, with `num_more` blocks."""
-        taken = self.blocks_for(num_tokens) - len(shared) + self.pool.num_unowned(shared) + num_more
+        taken = self.blocks_for(num_tokens) + num_more
+        if shared:
+            taken -= len(shared) - self.pool.num_unowned(shared)
         kept = (self.watermark_blocks if keep_watermark else 0) + self.num_reserved
         return taken + kept <= self.pool.num_free
 
-    def admit(self, slot: int, shared: list[int], num_tokens: int) -> None:
-        """Starts the slot's table with a share in these full blocks, and makes room for `num_tokens` in all."""
-        self.pool.acquire(shared)
+    def admit(self, slot: int, shared: list[int], num_tokens: int) -> Int32s:
+        """Starts the slot's table with a share in these full blocks, and makes room for `num_tokens` in all.
+
+        Returns:
+            A copy of the table.
+        """
+        if shared:
+            self.pool.acquire(shared)
         own = self.pool.allocate(self.blocks_for(num_tokens) - len(shared))
         assert own is not None
-        self._start_table(slot, shared + own)
-        self.num_indexed[slot] = len(shared)
+        if shared:
+            self.num_indexed[slot] = len(shared)
+        return self._start_table(slot, shared + own)
 
-    def _start_table(self, slot: int, blocks: list[int]) -> None:
-        assert self.num_blocks[slot] == 0, f"slot {slot} has blocks"
-        self.block_table[slot, : len(blocks)] = blocks
+    def _start_table(self, slot: int, blocks: list[int]) -> Int32s:
+        """Of an empty slot; a copy."""
+        table = np.array(blocks, np.int32)
+        self.block_table[slot, : len(blocks)] = table
         self.num_blocks[slot] = len(blocks)
+        return table
 
     def allocate_slots(self, slot: int, num_tokens: int) -> list[int] | None:
         """Makes room for `num_tokens` in all; the blocks added, or None (nothing has changed): preempt someone."""
@@ -166,14 +169,23 @@ class KVCacheManager:
         for blocks in old:
             self.pool.release(blocks)
 
-    def index(self, slot: int, request: Request, token_ids: Int32s, num_computed: int) -> None:
-        """Enters blocks that have become full of known, computed tokens into the prefix cache."""
-        first, count = int(self.num_indexed[slot]), num_computed // self.block_size
-        hashes = request.hashes(token_ids, count, self.block_size)
-        blocks = self.block_table[slot, first:count].tolist()
-        for block, block_hash in zip(blocks, hashes[first:], strict=True):
-            self.pool.insert(block, block_hash)
-        self.num_indexed[slot] = count
+    def index(self, slots: Slots, requests: Iterable[Request], token_ids: Int32s, num_full: Int32s) -> None:
+        """Enters blocks that have become full of known, computed tokens into the prefix cache.
+
+        Args:
+            token_ids: [max_num_requests, max_model_len], by slot.
+            num_full: [N] full blocks of each of `slots`.
+        """
+        blocks: list[int] = []
+        hashes: list[bytes] = []
+        firsts, counts = self.num_indexed[slots].tolist(), num_full.tolist()
+        for slot, request, first, count in zip(slots.tolist(), requests, firsts, counts, strict=True):
+            if request.beams is not None:  # what follows the prompt is of one row among several
+                count = min(count, len(request.group.prompt) // self.block_size)
+            hashes += request.hashes(token_ids[slot], count, self.block_size)[first:]
+            blocks += self.block_table[slot, first:count].tolist()
+        self.pool.insert(blocks, hashes)
+        self.num_indexed[slots] = num_full
 
     def forget(self, slots: Sequence[int]) -> None:
         """Blocks that only these slots own leave the prefix cache: their content is not to be trusted."""
@@ -187,9 +199,11 @@ class KVCacheManager:
         self.num_indexed[slot] = self.block_table.shape[1]
 
     def free(self, slots: Slots) -> None:
-        """Gives the slots' blocks back."""
-        for slot, count in zip(slots.tolist(), self.num_blocks[slots].tolist(), strict=True):
-            self.pool.release(self.block_table[slot, :count].tolist())
+        """Gives the slots' blocks back, those of the first slot first."""
+        blocks: list[int] = []
+        for slot, count in zip(slots[::-1].tolist(), self.num_blocks[slots[::-1]].tolist(), strict=True):
+            blocks += self.block_table[slot, :count].tolist()
+        self.pool.release(blocks)
         self.block_table[slots] = NULL_BLOCK
         self.num_blocks[slots] = 0
         self.num_indexed[slots] = 0

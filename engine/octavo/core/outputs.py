@@ -91,8 +91,9 @@ class Events:
         frontends = set(events)
         if tokens is not None and len(tokens.rows):
             first = int(tokens.frontends[0])
-            uniform = not (tokens.frontends != first).any()
-            frontends |= {first} if uniform else set(tokens.frontends.tolist())
+            frontends.add(first)
+            if np.count_nonzero(tokens.frontends != first):
+                frontends.update(tokens.frontends.tolist())
         outputs = {}
         for frontend in sorted(frontends):
             own = tokens if tokens is None or len(frontends) == 1 else _select(tokens, tokens.frontends == frontend)

@@ -48,7 +48,13 @@ class Plan:
         step.expired_groups = self.expired_groups
         step.drafts = [draft for _, draft in self.drafts]
         if self.grown:
-            step.block_slots = np.array([slot for slot, _, blocks in self.grown for _ in blocks], np.int32)
-            columns = [first + i for _, first, blocks in self.grown for i in range(len(blocks))]
+            slots: list[int] = []
+            columns: list[int] = []
+            block_ids: list[int] = []
+            for slot, first, blocks in self.grown:
+                slots += [slot] * len(blocks)
+                columns += range(first, first + len(blocks))
+                block_ids += blocks
+            step.block_slots = np.array(slots, np.int32)
             step.block_columns = np.array(columns, np.int32)
-            step.block_ids = np.array([block for _, _, blocks in self.grown for block in blocks], np.int32)
+            step.block_ids = np.array(block_ids, np.int32)

@@ -95,8 +95,8 @@ class Request:
     RunningBatch."""
 
     __slots__ = (
-        "_hasher", "beams", "block_hashes", "forks", "frontend", "group", "is_search", "key", "num_preemptions", "rank",
-        "row", "slot", "spec", "status", "token_ids",
+        "_hasher", "beams", "block_hashes", "forks", "frontend", "group", "is_search", "key", "keys", "num_preemptions",
+        "rank", "row", "slot", "spec", "status", "token_ids",
     )  # fmt: skip
 
     def __init__(self, frontend: int, group: Group, row: int, arrival: int) -> None:
@@ -114,6 +114,8 @@ class Request:
         self.slot = -1
         """The first row's, if there are several."""
         self.is_search = group.is_search
+        self.keys = range(self.key, self.key + (spec.num_sequences if self.is_search else 1))
+        """Of the sequences that it answers."""
         self.beams = _beams_of(group)
         self.forks = False
         """Counts in its group's `num_unforked`."""
@@ -124,11 +126,6 @@ class Request:
         self._hasher: hashlib._Hash | None = None
         """Has seen the tokens of these blocks."""
         self.num_preemptions = 0
-
-    @property
-    def keys(self) -> range:
-        """Of the sequences that it answers."""
-        return range(self.key, self.key + (self.spec.num_sequences if self.is_search else 1))
 
     @property
     def num_rows(self) -> int:

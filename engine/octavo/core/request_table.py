@@ -90,16 +90,16 @@ class RequestTable:
             if spec.deadline is not None:
                 self._deadlines.add(spec.deadline, member)
         self._queue_timeouts.add(spec.arrival_time + self._max_queue_time, members[0])
-        first = members if group.is_guided else members[:1]
-        group.hold(members[len(first) :])
-        for member in first:
+        if not group.is_guided:
+            group.hold(members[1:])
+        for member in members if group.is_guided else members[:1]:
             self._waiting.add(member)
 
     def _can_ever_fit(self, request: Request) -> bool:
         """Alone, with rows of a search that have nothing in common but the prompt."""
         kv = self._kv
         if request.beams is None:
-            return kv.blocks_for(request.spec.max_total_tokens - 1) <= kv.pool.num_blocks
+            return request.spec.max_total_tokens - 1 <= kv.pool.num_blocks * kv.block_size
         shared = (request.num_tokens - 1) // kv.block_size if request.is_search else 0
         blocks = shared + sum(kv.blocks_for(length - 1) - shared for length in request.beams.max_totals)
         return blocks <= kv.pool.num_blocks and request.num_rows <= len(self._batch.requests)
@@ -142,8 +142,10 @@ class RequestTable:
 
     def drop(self, requests: Sequence[Request], *, forget: bool = False) -> None:
         """Ends requests without a word: they give up all that they have."""
-        slots = [slot for request in requests if request.slot >= 0 for slot in request.slots]
+        slots: list[int] = []
         for request in requests:
+            if request.slot >= 0:
+                slots += request.slots
             self._sign_off(request, forget=forget)
         if slots:
             self._stop(np.array(slots, np.intp))
@@ -158,10 +160,12 @@ class RequestTable:
         request.status = RequestStatus.ENDED
         for key in request.keys:
             del self._requests[request.frontend, key]
-        self._shares.note_fork(request)
+        if request.forks:
+            self._shares.note_fork(request)
         if request.beams is not None:
             self._beams.remove(request)
-        self._batch.evicting.pop(request.slot, None)
+        if self._batch.evicting:
+            self._batch.evicting.pop(request.slot, None)
         if forget and request.slot >= 0:
             self._shares.drop(group)
             self._kv.forget(request.slots)

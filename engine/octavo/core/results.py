@@ -9,12 +9,15 @@ from octavo.core.running_batch import RunningBatch, Slots
 from octavo.step import FurtherTokens, ModelRunnerOutput, SchedulerOutput
 from octavo.types import FinishReason
 
+_LENGTH, _CONTEXT = int(FinishReason.LENGTH), int(FinishReason.CONTEXT)
+"""numpy is slow to see that a member of an IntEnum is a number."""
+
 
 def take_tokens(
     batch: RunningBatch, step: SchedulerOutput, step_slots: Slots, output: ModelRunnerOutput, now: float
 ) -> StepTokens:
     """Appends the tokens to the sequences that still want them. Those whose time is over end with the first."""
-    rows = np.flatnonzero(step.samples & (output.token_ids >= 0) & batch.live[step_slots])
+    rows = (step.samples & (output.token_ids >= 0) & batch.live[step_slots]).nonzero()[0]
     slots, token_ids, finish = step_slots[rows], output.token_ids[rows], output.finish[rows]
     known = batch.num_known[slots]
     batch.token_ids[slots, known.astype(np.intp)] = token_ids
@@ -28,8 +31,8 @@ def take_tokens(
         slots = np.concatenate([slots, step_slots[output.further.rows[further]]])
         token_ids = np.concatenate([token_ids, output.further.token_ids[further]])
         finish = np.concatenate([finish, output.further.finish[further]])
-    if finish.any():
-        finish[(finish == FinishReason.LENGTH) & batch.length_is_context[slots]] = FinishReason.CONTEXT
+    if len(finish.nonzero()[0]):
+        finish[(finish == _LENGTH) & batch.length_is_context[slots]] = _CONTEXT
     return StepTokens(
         rows.astype(np.int32), slots, batch.frontend[slots], batch.key[slots], token_ids, finish, output.logprobs
     )

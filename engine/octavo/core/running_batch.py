@@ -118,15 +118,15 @@ class RunningBatch:
         return slot in self._running
 
     def remove(self, slots: Slots) -> None:
-        """Empties these slots. No launched step may contain them."""
+        """Empties these slots, which were stopped. No launched step may contain them."""
         assert not self.in_flight[slots].any(), f"one of the slots {slots} is in flight"
-        for slot in slots.tolist():
-            self.stop(slot)
+        emptied = slots.tolist()
+        for slot in emptied:
             request = self.request_at(slot)
             request.slot = -1
             request.group.num_slots -= 1
             self.requests[slot] = None
-            self._free_slots.append(slot)
+        self._free_slots += emptied
         self.live[slots] = self.is_beam[slots] = False
         if self.num_waiting:
             self.num_waiting -= int(np.count_nonzero(self.waits[slots]))

@@ -295,16 +295,17 @@ class Scheduler:
         plan.attach(step)
         self._table.attach(step)
         for slot, _ in plan.prefill + plan.admitted:
-            self._share_prompt(batch.request_at(slot))
-        self.meter.total.prompt_tokens += sum(count for _, count in several) + len(single)
-        self.meter.total.drafted_tokens += sum(len(draft) for _, draft in plan.drafts)
+            if (request := batch.request_at(slot)).group.held_members:
+                self._share_prompt(request)
+        self.meter.total.prompt_tokens += sum([count for _, count in several]) + len(single)
+        self.meter.total.drafted_tokens += sum([len(draft) for _, draft in plan.drafts])
         self.meter.tick(now)
         return step
 
     def _share_prompt(self, request: Request) -> None:
         """When the last chunk of a group's prompt is launched, its other sequences may fork from it."""
         group = request.group
-        if group.held_members and self.batch.num_computed[request.slot] >= len(group.prompt):
+        if self.batch.num_computed[request.slot] >= len(group.prompt):
             blocks = self.kv.blocks_of(request.slot)[: self.kv.blocks_for(len(group.prompt) - 1)]
             for member in self._shares.take(group, blocks):
                 self._waiting.add(member)
@@ -322,14 +323,15 @@ class Scheduler:
         tokens = take_tokens(batch, step, slots, output, now)
         if step.drafts:
             self.drafts.note(step, output.further)
-        follow(batch, tokens.slots)
+        if self._beams:
+            follow(batch, tokens.slots)
         self._announce(tokens.slots)
         for values in output.prompt_logprobs:
             self._send_prompt_logprobs(batch.requests[int(slots[values.row])], values)
         self._index_full_blocks(step, slots)
         for choice in output.beams:
             self._take_choice(choice)
-        ended = tokens.slots[tokens.finish != 0].tolist()
+        ended = tokens.slots[tokens.finish.nonzero()[0]].tolist()
         if ended:
             self._table.end([batch.request_at(slot) for slot in ended])
         self._requeue_landed()
@@ -361,12 +363,10 @@ class Scheduler:
         if step.drafts:
             reached[-len(step.drafts) :] = self.batch.num_known[slots[-len(step.drafts) :]] - 1
         full = reached // self.kv.block_size
-        rows = np.flatnonzero((full > self.kv.num_indexed[slots]) & self.batch.live[slots])
-        for slot, computed in zip(slots[rows].tolist(), reached[rows].tolist(), strict=True):
-            request = self.batch.request_at(slot)
-            if request.beams is not None:  # what follows the prompt is of one beam among several
-                computed = min(computed, len(request.group.prompt))
-            self.kv.index(slot, request, self.batch.token_ids[slot], computed)
+        rows = ((full > self.kv.num_indexed[slots]) & self.batch.live[slots]).nonzero()[0]
+        if len(rows):
+            requests = [self.batch.request_at(slot) for slot in slots[rows].tolist()]
+            self.kv.index(slots[rows], requests, self.batch.token_ids, full[rows])
 
     def _announce(self, slots: Slots) -> None:
         """Tells the front-ends of prompts whose first token is here."""
