@@ -9,6 +9,9 @@ as long as each fits as a whole, and the first that does not fit closes the door
 and none is left, the one of the worst rank is preempted: it loses its blocks and later computes its tokens anew; a step
 that preempted admits nobody.
 
+How requests come and end is in `request_table`, which of the waiting ones enter in `admission`, how several rows of one
+go together in `beams`; what runs, who is preempted, and what a result changes is here.
+
 `schedule()` may be called for step N+1 before `update()` for step N: counters run ahead (see RunningBatch). Slots and
 blocks of a request that ended or was preempted return when no launched step contains it.
 """
@@ -41,12 +44,7 @@ from octavo.core.running_batch import RunningBatch, Slots
 from octavo.core.waiting_queue import WaitingQueue
 from octavo.errors import Reason
 from octavo.ipc import EngineCoreOutputs, EngineCoreRequest, PromptStarted
-from octavo.step import (
-    BeamChoice,
-    ModelRunnerOutput,
-    PromptLogprobs,
-    SchedulerOutput,
-)
+from octavo.step import BeamChoice, ModelRunnerOutput, PromptLogprobs, SchedulerOutput
 from octavo.types import EngineLoad
 
 
@@ -404,11 +402,9 @@ class Scheduler:
 
     def fail_step(self, step: SchedulerOutput, reason: Reason, now: float) -> dict[int, EngineCoreOutputs]:
         """The step could not be computed: all of its requests fail, with their siblings, who share what it wrote."""
-        for slot in step.slots.tolist():
-            if self.batch.live[slot]:
-                request = self.batch.request_at(slot)
-                for member in self._table.members(request):
-                    self._table.fail(member, reason, forget=True)
+        for slot in step.slots.tolist():  # of one that ended meanwhile, siblings may have forked from it
+            for member in self._table.members(self.batch.request_at(slot)):
+                self._table.fail(member, reason, forget=True)
         rows = step.num_rows
         return self.update(step, ModelRunnerOutput(np.full(rows, -1, np.int32), np.zeros(rows, np.uint8)), now)
 
