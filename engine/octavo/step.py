@@ -30,8 +30,7 @@ class LogprobSpec(msgspec.Struct, frozen=True):
     token_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class NewRequest:
+class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request that enters the batch: for the first time, forked from a sibling, or again after a preemption.
 
     The rows of a beam search (params.num_beams > 1) enter together, each with its own tokens. At first only row 0 is

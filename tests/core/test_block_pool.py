@@ -14,7 +14,7 @@ def hashed(pool: BlockPool, name: bytes) -> int:
     """A block that is cached under this hash and has no owner."""
     blocks = pool.allocate(1)
     assert blocks is not None
-    pool.insert(blocks[0], name)
+    pool.insert([blocks[0]], [name])
     pool.release(blocks)
     return blocks[0]
 
@@ -65,11 +65,11 @@ def test_releasing_a_block_without_owner_is_an_assertion() -> None:
 def test_cached_block_is_found_by_its_hash_until_evicted() -> None:
     pool = BlockPool(2)
     block = hashed(pool, b"a")
-    assert pool.lookup(b"a") == block
+    assert pool.lookup([b"a"]) == [block]
     assert pool.num_cached == 1
     assert pool.num_free == 2
     pool.allocate(2)
-    assert pool.lookup(b"a") is None
+    assert pool.lookup([b"a"]) == []
     assert pool.num_cached == 0
 
 
@@ -77,7 +77,7 @@ def test_free_blocks_are_taken_before_cached_ones() -> None:
     pool = BlockPool(3)
     block = hashed(pool, b"a")
     assert block not in (pool.allocate(2) or [block])
-    assert pool.lookup(b"a") == block
+    assert pool.lookup([b"a"]) == [block]
 
 
 def test_cached_blocks_are_evicted_least_recently_released_first() -> None:
@@ -85,14 +85,14 @@ def test_cached_blocks_are_evicted_least_recently_released_first() -> None:
     held = pool.allocate(3)
     assert held is not None
     for block, name in zip(held, (b"a", b"b", b"c"), strict=True):
-        pool.insert(block, name)
+        pool.insert([block], [name])
     for block in (held[1], held[0], held[2]):
         pool.release([block])
     pool.acquire([held[1]])  # used again: now the most recent
     pool.release([held[1]])
     assert pool.allocate(1) == [held[0]]
     assert pool.allocate(1) == [held[2]]
-    assert pool.lookup(b"b") == held[1]
+    assert pool.lookup([b"b"]) == [held[1]]
 
 
 def test_end_of_a_sequence_is_evicted_before_its_beginning() -> None:
@@ -101,10 +101,10 @@ def test_end_of_a_sequence_is_evicted_before_its_beginning() -> None:
     blocks = pool.allocate(3)
     assert blocks is not None
     for block, name in zip(blocks, (b"a", b"b", b"c"), strict=True):
-        pool.insert(block, name)
+        pool.insert([block], [name])
     pool.release(blocks)
     assert pool.allocate(2) == [blocks[2], blocks[1]]
-    assert pool.lookup(b"a") == blocks[0]
+    assert pool.lookup([b"a"]) == [blocks[0]]
 
 
 def test_acquired_cached_block_cannot_be_evicted() -> None:
@@ -120,9 +120,9 @@ def test_acquired_cached_block_cannot_be_evicted() -> None:
 def test_first_block_of_a_hash_stays_and_the_second_becomes_free_on_release() -> None:
     pool = BlockPool(2)
     first, second = pool.allocate(2) or []
-    pool.insert(first, b"a")
-    pool.insert(second, b"a")
-    assert pool.lookup(b"a") == first
+    pool.insert([first], [b"a"])
+    pool.insert([second], [b"a"])
+    assert pool.lookup([b"a"]) == [first]
     pool.release([first, second])
     assert pool.num_cached == 1
     pool.check({})
@@ -131,7 +131,7 @@ def test_first_block_of_a_hash_stays_and_the_second_becomes_free_on_release() ->
 def test_without_prefix_caching_nothing_is_indexed() -> None:
     pool = BlockPool(2, enable_prefix_caching=False)
     hashed(pool, b"a")
-    assert pool.lookup(b"a") is None
+    assert pool.lookup([b"a"]) == []
     assert pool.num_cached == 0
 
 
@@ -139,11 +139,11 @@ def test_reset_frees_cached_blocks_and_leaves_owned_ones_to_their_owners() -> No
     pool = BlockPool(3)
     owned = pool.allocate(1)
     assert owned is not None
-    pool.insert(owned[0], b"owned")
+    pool.insert([owned[0]], [b"owned"])
     hashed(pool, b"a")
     assert pool.reset_cache() == 1
-    assert pool.lookup(b"a") is None
-    assert pool.lookup(b"owned") is None
+    assert pool.lookup([b"a"]) == []
+    assert pool.lookup([b"owned"]) == []
     pool.check({owned[0]: 1})
     pool.release(owned)
     assert pool.num_cached == 0
@@ -154,9 +154,9 @@ def test_forgotten_block_is_not_found_and_not_cached() -> None:
     pool = BlockPool(2)
     blocks = pool.allocate(1)
     assert blocks is not None
-    pool.insert(blocks[0], b"a")
+    pool.insert([blocks[0]], [b"a"])
     pool.forget(blocks)
-    assert pool.lookup(b"a") is None
+    assert pool.lookup([b"a"]) == []
     pool.release(blocks)
     assert pool.num_cached == 0
     pool.check({})
@@ -216,8 +216,9 @@ def test_pool_agrees_with_a_naive_dictionary_after_every_operation(
                 index = {key: other for key, other in index.items() if other != block}
             else:
                 key = bytes([number % 7])
-                pool.insert(block, key)
+                pool.insert([block], [key])
                 if key not in index and block not in index.values():
                     index[key] = block
         pool.check(owners)
-        assert all(pool.lookup(bytes([i])) == index.get(bytes([i])) for i in range(7))
+        for key in (bytes([i]) for i in range(7)):
+            assert pool.lookup([key]) == ([index[key]] if key in index else [])

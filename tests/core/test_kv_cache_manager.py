@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from core.steps import request
 from octavo.core.block_pool import BlockPool
 from octavo.core.kv_cache_manager import KVCacheManager
@@ -51,9 +52,9 @@ def test_owned_shared_blocks_cost_nothing_but_cached_ones_count() -> None:
     blocks = kv.allocate_slots(0, 8)
     assert blocks is not None
     for index, block in enumerate(blocks):
-        kv.pool.insert(block, bytes([index]))
+        kv.pool.insert([block], [bytes([index])])
     assert kv.can_admit(blocks, 16, keep_watermark=False)
-    kv.free(0)
+    kv.free(np.array([0]))
     assert kv.can_admit(blocks, 16, keep_watermark=False)  # four blocks, two of them cached
     assert not kv.can_admit(blocks, 17, keep_watermark=False)
     kv.allocate_slots(1, 4)
@@ -98,9 +99,9 @@ def test_freeing_one_fork_leaves_the_other_its_blocks() -> None:
     source = kv.allocate_slots(0, 10)
     assert source is not None
     kv.fork(1, source, 10)
-    kv.free(0)
+    kv.free(np.array([0]))
     kv.pool.check(kv.owners([1]))
-    kv.free(1)
+    kv.free(np.array([1]))
     kv.pool.check({})
     assert kv.pool.num_free == 10
     assert not kv.block_table.any()
@@ -110,7 +111,7 @@ def test_prefix_is_found_by_full_blocks_and_never_whole() -> None:
     kv = manager()
     first = waiting(list(range(12)))
     blocks = kv.allocate_slots(0, 12)
-    kv.index(0, first, first.token_ids, 12)
+    kv.index(np.array([0]), [first], first.token_ids[None], np.array([12 // 4], np.int32))
     assert blocks is not None
     assert kv.find_prefix(waiting(list(range(13)))) == blocks
     assert kv.find_prefix(waiting(list(range(12)))) == blocks[:2]
@@ -122,7 +123,7 @@ def test_only_computed_full_blocks_are_indexed() -> None:
     first = waiting(list(range(12)))
     blocks = kv.allocate_slots(0, 12)
     assert blocks is not None
-    kv.index(0, first, first.token_ids, 7)
+    kv.index(np.array([0]), [first], first.token_ids[None], np.array([7 // 4], np.int32))
     assert kv.find_prefix(waiting(list(range(13)))) == blocks[:1]
 
 

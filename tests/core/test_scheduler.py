@@ -234,6 +234,17 @@ def test_failed_row_ends_its_request_alone() -> None:
     assert steps.step() == {2: 1}
 
 
+def test_failed_step_ends_the_forks_of_a_prompt_whose_first_sequence_was_aborted_meanwhile() -> None:
+    steps = Steps()
+    steps.add(request(1, 6, num_sequences=2))
+    step = steps.plan()  # computes the prompt, from which sequence 2 may fork now
+    assert step is not None
+    steps.scheduler.abort(0, [1])
+    steps.heard.take(steps.scheduler.fail_step(step, Reason.INTERNAL, steps.now))
+    assert steps.heard.failed == {2: Reason.INTERNAL}
+    assert not steps.scheduler.has_work and not steps.used
+
+
 def test_blocks_of_a_failed_request_are_not_reused_as_a_prefix() -> None:
     steps = Steps()
     steps.add(request(1, 8))

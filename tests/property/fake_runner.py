@@ -2,7 +2,8 @@
 
 It keeps its own slots from the diffs in `SchedulerOutput`, exactly as step.py describes them, and a paged cache of
 tags (see oracle.py). It works in the order of submission, as a device's stream does; a step's result is handed out
-when asked for, so that steps can be submitted ahead. What breaks the contract of step.py raises `ContractError`; with
+when asked for, so that steps can be submitted ahead. A step that fails as a whole spoils what its rows wrote, and no
+later row that reads it says so. What breaks the contract of step.py raises `ContractError`; with
 `strict=False` the contents of the cache are not compared, and a mistake there only shows in the tokens.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from octavo.errors import Reason
@@ -27,6 +29,10 @@ from octavo.types import FinishReason, GenerationParams
 from property.beam_oracle import choose
 from property.fake_output import FurtherTable, LogprobTable
 from property.oracle import MASK, WEIGHTS, TagChain, finish_of, make_tag, mix, next_token
+
+
+class StepError(Exception):
+    """The device could not compute a step."""
 
 
 class ContractError(AssertionError):
@@ -64,6 +70,8 @@ class Slot:
     """The last step that gave it a token."""
     finished: FinishReason | None = None
     """A finished or failed request's rows are muted: they write nothing and answer -1."""
+    num_late_rows: int = 0
+    """Rows since it finished."""
 
     def expected_tags(self, count: int) -> list[int]:
         while len(self.chain.tags) < count:
@@ -74,27 +82,46 @@ class Slot:
 class FakePendingStep:
     """A submitted step; its result was computed in the order of submission and is read in that order."""
 
-    def __init__(self, runner: FakeRunner, step_id: int, output: ModelRunnerOutput) -> None:
+    def __init__(self, runner: FakeRunner, step_id: int, output: ModelRunnerOutput, spoilt: set[int]) -> None:
         self._runner = runner
         self._step_id = step_id
         self._output = output
+        self._spoilt = spoilt
+        """Groups of the rows, if the step has failed."""
 
     def result(self) -> ModelRunnerOutput:
         require(self._runner.unread and self._runner.unread[0] == self._step_id, "results read out of order")
+        if self._spoilt:
+            self.fail()
         self._runner.unread.pop(0)
         return self._output
 
+    def fail(self) -> NoReturn:
+        """Tells the core that the step has failed, instead of a result."""
+        self._runner.unread.remove(self._step_id)
+        self._runner.spoilt_groups |= self._spoilt
+        raise StepError
+
 
 class FakeRunner:
-    """See the module. Owns `slots` and `cache`; `fail_next` and `domain_of` belong to the test."""
+    """See the module. Owns `slots` and `cache`; `fail_next`, `fail_step` and `domain_of` belong to the test."""
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, max_num_requests: int, max_model_len: int, strict: bool = True
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_requests: int,
+        max_model_len: int,
+        depth: int = 1,
+        strict: bool = True,
     ) -> None:
+        """`depth`: steps that may be launched before the end of a request in an earlier one is seen."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_num_requests = max_num_requests
         self.max_blocks = -(-max_model_len // block_size)
+        self.depth = depth
         self.strict = strict
         self.cache = np.zeros((num_blocks + 1, block_size), np.uint64)
         self.slots: dict[int, Slot] = {}
@@ -103,6 +130,10 @@ class FakeRunner:
         """Ids of submitted steps whose results were not read."""
         self.fail_next: dict[tuple[int, int], Reason] = {}
         """(seed, row) of sequences whose next row fails."""
+        self.fail_step = False
+        """The next step fails as a whole: nobody knows what it wrote."""
+        self.spoilt_groups: set[int] = set()
+        """Groups of failed steps of which the core knows by now."""
         self.domain_of: Callable[[NewRequest], int] = lambda request: 0
         """Requests of different domains must never share a block."""
         self.num_muted_rows = 0
@@ -110,6 +141,7 @@ class FakeRunner:
         self.num_drafted = self.num_accepted = 0
         self._last_step_id = -1
         self._poison: dict[int, int] = {}  # tags that a failed row left behind -> its group
+        self._lost_groups: set[int] = set()  # of failed steps: a device does not know whose work it has spoilt
 
     # --- applying the diff --------------------------------------------------------------------------------------------
 
@@ -126,7 +158,10 @@ class FakeRunner:
         self._copy_blocks(step.block_copies)
         output = self._run(step)
         self.unread.append(step.step_id)
-        return FakePendingStep(self, step.step_id, output)
+        failed, self.fail_step = self.fail_step, False
+        groups = {self.slots[slot].request.group_id for slot in step.slots.tolist()} if failed else set()
+        self._lost_groups |= groups
+        return FakePendingStep(self, step.step_id, output, groups)
 
     def _release_groups(self, groups: list[int]) -> None:
         for group in groups:
@@ -196,7 +231,8 @@ class FakeRunner:
             reason = self._failure(slot, context)
             if reason is not None:
                 self._write_poison(slot, start, count)
-                output.failed.append((row, reason))
+                if slot.request.group_id not in self._lost_groups:
+                    output.failed.append((row, reason))
                 self._mute(slot)
                 continue
             tags = self._compute(slot, context, start, count, drafts[row])
@@ -226,6 +262,8 @@ class FakeRunner:
                 require(count == 1 and step.samples[row], "not a decode row:", row)
             if slot.finished is not None:
                 require(slot.finished != FinishReason.LENGTH, "scheduled past its length:", slot_id)
+                slot.num_late_rows += 1
+                require(slot.num_late_rows <= self.depth, "scheduled after its end was seen:", slot_id)
                 continue
             length = len(slot.tokens)
             if row >= len(rows) - len(step.drafts):
@@ -274,6 +312,9 @@ class FakeRunner:
         reason = self.fail_next.pop((request.seed, request.row), None)
         groups = {self._poison[tag] for tag in context.tolist() if tag in self._poison} if self._poison else set()
         require(groups <= {request.group_id}, "slot", request.slot, "reads what a failed request of", groups, "wrote")
+        require(not groups & self.spoilt_groups, "slot", request.slot, "goes on after the failed step of its group")
+        if self.fail_step:
+            return Reason.INTERNAL
         return reason or (Reason.NON_FINITE_LOGITS if groups else None)
 
     def _write_poison(self, slot: Slot, start: int, count: int) -> None:

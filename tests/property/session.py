@@ -44,9 +44,10 @@ class Session:
             block_size=cache.block_size,
             max_num_requests=scheduler.max_num_requests,
             max_model_len=max_model_len,
+            depth=self.depth,
         )
         self.runner.domain_of = self._domain_of
-        self.look_up, self.scheduler.drafts.draft = self.scheduler.drafts.draft, self._draft
+        self._guess_drafts()
         self.now = 1000.0
         self.in_flight: deque[tuple[SchedulerOutput, FakePendingStep]] = deque()
         self.sequences: dict[tuple[int, int], Sequence] = {}
@@ -62,6 +63,9 @@ class Session:
 
     def _domain_of(self, request: NewRequest) -> int:
         return self.prompts[request.seed].domain
+
+    def _guess_drafts(self) -> None:
+        self.look_up, self.scheduler.drafts.draft = self.scheduler.drafts.draft, self._draft
 
     def _draft(self, slot: int, limit: int) -> Int32s:
         """What the fake model's history says is hardly ever right."""

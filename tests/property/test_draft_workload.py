@@ -9,9 +9,9 @@ import pytest
 from octavo.core import results
 from octavo.core.drafts import Drafts
 from octavo.core.plan import Plan
-from octavo.core.running_batch import RunningBatch
+from octavo.core.running_batch import RunningBatch, Slots
 from octavo.core.scheduler import Scheduler
-from octavo.step import FurtherTokens, Int32s, ModelRunnerOutput, SchedulerOutput
+from octavo.step import FurtherTokens, ModelRunnerOutput, SchedulerOutput
 from property.workload import run_workload
 
 SEEDS = range(30)
@@ -69,8 +69,8 @@ def surplus_after_the_end(patch: Patch) -> None:
     """Tokens behind the one at which time was over are sent, too."""
     take = results._take_further
 
-    def mutant(batch: RunningBatch, step: SchedulerOutput, further: FurtherTokens, ended: Int32s) -> Int32s:
-        return take(batch, step, further, np.empty(0, np.int32))
+    def mutant(batch: RunningBatch, step_slots: Slots, further: FurtherTokens, ended: Slots) -> Slots:
+        return take(batch, step_slots, further, np.empty(0, np.intp))
 
     patch.setattr(results, "_take_further", mutant)
 

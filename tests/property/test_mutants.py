@@ -48,7 +48,7 @@ def double_free(patch: Patch) -> None:
     def mutant(self: BlockPool, blocks: Sequence[int]) -> None:
         for block in blocks:
             self.ref_counts[block] = max(self.ref_counts[block] - 1, 0)
-            if self.ref_counts[block] == 0 and block not in self._hash_of:
+            if self.ref_counts[block] == 0 and not self._hash_of[block]:
                 self._free += [block, block]
             elif self.ref_counts[block] == 0:
                 self._cached[block] = None
@@ -58,12 +58,8 @@ def double_free(patch: Patch) -> None:
 
 def block_off_by_one(patch: Patch) -> None:
     """A sequence whose tokens just fill its blocks counts as needing one block less."""
-    allocate = KVCacheManager.allocate_slots
-
-    def mutant(self: KVCacheManager, slot: int, num_tokens: int) -> list[int] | None:
-        return allocate(self, slot, num_tokens - 1)
-
-    patch.setattr(KVCacheManager, "allocate_slots", mutant)
+    blocks_for = KVCacheManager.blocks_for
+    patch.setattr(KVCacheManager, "blocks_for", lambda self, num_tokens: blocks_for(self, num_tokens - 1))
 
 
 def wrong_block_in_hit(patch: Patch) -> None:
@@ -101,7 +97,7 @@ def abort_skipped_while_waiting(patch: Patch) -> None:
     abort = Scheduler.abort
 
     def mutant(self: Scheduler, frontend: int, keys: Iterable[int]) -> None:
-        requests = {key: self._requests.get((frontend, key)) for key in keys}
+        requests = {key: self._table.get(frontend, key) for key in keys}
         kept = [k for k, r in requests.items() if r is None or r.status is not RequestStatus.WAITING]
         abort(self, frontend, kept)
 
@@ -175,13 +171,7 @@ def hash_without_parent(patch: Patch) -> None:
 def evicted_block_still_indexed(patch: Patch) -> None:
     """The hash index is not told that a cached block was taken for something else."""
 
-    def mutant(self: BlockPool) -> int:
-        block, _ = self._cached.popitem(last=False)
-        self._block_of.pop(self._hash_of[block], None)
-        self._block_of[self._hash_of.pop(block)] = block
-        return block
-
-    patch.setattr(BlockPool, "_evict", mutant)
+    patch.setattr(BlockPool, "_unhash", lambda self, block: self._hash_of.__setitem__(block, b""))
 
 
 def token_not_awaited(patch: Patch) -> None:

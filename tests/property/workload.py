@@ -18,9 +18,9 @@ MAX_MODEL_LEN = 64
 NUM_FRONTENDS = 3
 
 
-def random_session(rng: random.Random, check: bool = True) -> Session:
+def random_session(rng: random.Random, check: bool = True, kind: type[Session] = Session) -> Session:
     block_size = rng.choice([1, 4, 4, 16])
-    return Session(
+    return kind(
         num_blocks=-(-MAX_MODEL_LEN // block_size) + rng.choice([0, 1, 3, 60]),
         max_model_len=MAX_MODEL_LEN,
         scheduler=SchedulerConfig(

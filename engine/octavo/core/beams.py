@@ -69,8 +69,7 @@ class BeamScheduler:
         request.slot = beams.slots[0]
         self._batch.is_beam[beams.slots] = True
         self._batch.max_total[beams.slots] = beams.max_totals
-        kv.admit(request.slot, shared)
-        assert kv.allocate_slots(request.slot, len(beams.rows[0])) is not None
+        kv.admit(request.slot, shared, len(beams.rows[0]))
         for slot in beams.slots[1:]:
             kv.never_index(slot)
             if beams.forked:

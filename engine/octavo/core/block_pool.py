@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
 NULL_BLOCK = 0
+_NO_HASH = b""
 
 
 class BlockPool:
@@ -28,7 +29,7 @@ class BlockPool:
         self.ref_counts = [0] * (num_blocks + 1)
         self._free = list(range(1, num_blocks + 1))  # a heap
         self._cached: OrderedDict[int, None] = OrderedDict()  # unowned and hashed, next to be evicted first
-        self._hash_of: dict[int, bytes] = {}
+        self._hash_of = [_NO_HASH] * (num_blocks + 1)
         self._block_of: dict[bytes, int] = {}
 
     @property
@@ -46,11 +47,18 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks with one owner each, or None and nothing has changed."""
-        if count > self.num_free:
+        free, cached = self._free, self._cached
+        if count > len(free) + len(cached):
             return None
-        blocks = [heapq.heappop(self._free) if self._free else self._evict() for _ in range(count)]
-        for block in blocks:
+        blocks = []
+        for _ in range(count):
+            if free:
+                block = heapq.heappop(free)
+            else:
+                block, _ = cached.popitem(last=False)  # next to be evicted
+                self._unhash(block)
             self.ref_counts[block] = 1
+            blocks.append(block)
         return blocks
 
     def acquire(self, blocks: Iterable[int]) -> None:
@@ -62,36 +70,52 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """One owner less for each. Later blocks of a sequence are given up for eviction before earlier ones."""
+        ref_counts, hash_of = self.ref_counts, self._hash_of
         for block in reversed(blocks):
-            assert self.ref_counts[block] > 0, f"block {block} released without an owner"
-            self.ref_counts[block] -= 1
-            if self.ref_counts[block] > 0:
+            left = ref_counts[block] - 1
+            assert left >= 0, f"block {block} released without an owner"
+            ref_counts[block] = left
+            if left:
                 continue
-            if block in self._hash_of:
+            if hash_of[block]:
                 self._cached[block] = None
             else:
                 heapq.heappush(self._free, block)
 
-    def lookup(self, block_hash: bytes) -> int | None:
-        """The block, owned or cached, that holds the tokens with this chained hash."""
-        return self._block_of.get(block_hash)
+    def lookup(self, block_hashes: Iterable[bytes]) -> list[int]:
+        """The blocks, owned or cached, with these hashes, up to the first that is not known."""
+        found = []
+        for block_hash in block_hashes:
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
 
-    def is_unowned(self, block: int) -> bool:
-        return self.ref_counts[block] == 0
+    def num_unowned(self, blocks: Iterable[int]) -> int:
+        """How many of these, which are owned or cached, nobody owns."""
+        return [self.ref_counts[block] for block in blocks].count(0)
 
-    def insert(self, block: int, block_hash: bytes) -> None:
-        """Indexes an owned block. A hash that is known already keeps its first block."""
-        assert self.ref_counts[block] > 0, f"block {block} indexed without an owner"
-        if self.enable_prefix_caching and block_hash not in self._block_of and block not in self._hash_of:
-            self._block_of[block_hash] = block
-            self._hash_of[block] = block_hash
+    def insert(self, blocks: Iterable[int], block_hashes: Iterable[bytes]) -> None:
+        """Indexes owned blocks. A hash that is known already keeps its first block."""
+        if not self.enable_prefix_caching:
+            return
+        hash_of, block_of = self._hash_of, self._block_of
+        for block, block_hash in zip(blocks, block_hashes, strict=True):
+            assert self.ref_counts[block] > 0, f"block {block} indexed without an owner"
+            if block_hash not in block_of and not hash_of[block]:
+                block_of[block_hash] = block
+                hash_of[block] = block_hash
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Drops these owned blocks from the index, since their content is not to be trusted."""
         for block in blocks:
-            block_hash = self._hash_of.pop(block, None)
-            if block_hash is not None:
-                del self._block_of[block_hash]
+            if self._hash_of[block]:
+                self._unhash(block)
+
+    def _unhash(self, block: int) -> None:
+        del self._block_of[self._hash_of[block]]
+        self._hash_of[block] = _NO_HASH
 
     def reset_cache(self) -> int:
         """Empties the index; owners keep their blocks. Returns the number of blocks that became free."""
@@ -99,14 +123,9 @@ class BlockPool:
         for block in self._cached:
             heapq.heappush(self._free, block)
         self._cached.clear()
-        self._hash_of.clear()
+        self._hash_of = [_NO_HASH] * len(self._hash_of)
         self._block_of.clear()
         return freed
-
-    def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
-        return block
 
     def check(self, owners: Mapping[int, int]) -> None:
         """Asserts every invariant, given how many owners each block should have."""
@@ -119,6 +138,6 @@ class BlockPool:
         owned = set(actual)
         assert not free & owned and not free & set(self._cached) and not owned & set(self._cached)
         assert free | owned | set(self._cached) == set(range(1, self.num_blocks + 1)), "blocks are missing"
-        assert {h: b for b, h in self._hash_of.items()} == self._block_of
-        assert all(block in self._hash_of for block in self._cached), "an unhashed block is cached"
-        assert not free & set(self._hash_of), "a free block is indexed"
+        assert {h: b for b, h in enumerate(self._hash_of) if h} == self._block_of
+        assert all(self._hash_of[block] for block in self._cached), "an unhashed block is cached"
+        assert not any(self._hash_of[block] for block in free), "a free block is indexed"

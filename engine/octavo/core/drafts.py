@@ -20,7 +20,7 @@ from octavo.config import SchedulerConfig
 from octavo.core.kv_cache_manager import KVCacheManager
 from octavo.core.plan import Plan
 from octavo.core.request import Request
-from octavo.core.running_batch import RunningBatch
+from octavo.core.running_batch import RunningBatch, Slots
 from octavo.ipc import EngineCoreRequest
 from octavo.step import Bools, FurtherTokens, Int32s, SchedulerOutput
 
@@ -117,10 +117,12 @@ class Drafts:
             self._batch.wait_for_tokens(request.slot)  # what is drafted depends on them
             self._lengths[request.slot] = request.spec.params.prompt_lookup_num_tokens
 
-    def remove(self, slot: int) -> None:
-        """The slot is empty."""
-        if self._lookups.pop(slot, None) is not None:
-            self._drafts[slot] = False
+    def remove(self, slots: Slots) -> None:
+        """The slots are empty."""
+        if self._lookups:
+            self._drafts[slots] = False
+            for slot in slots.tolist():
+                self._lookups.pop(slot, None)
 
     def note(self, step: SchedulerOutput, further: FurtherTokens | None) -> None:
         """A draft that was right makes the next one longer by two tokens, any other shorter by one, as transformers'

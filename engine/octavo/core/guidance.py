@@ -18,7 +18,7 @@ from octavo.types import GenerationParams
 
 if TYPE_CHECKING:
     from octavo.core.request import Request
-    from octavo.core.running_batch import RunningBatch
+    from octavo.core.running_batch import RunningBatch, Slots
 
 
 def branches(spec: EngineCoreRequest) -> list[Int32s]:
@@ -54,7 +54,7 @@ def negative_branch(request: Request, block_ids: Int32s) -> NewRequest:
     )
 
 
-def follow(batch: RunningBatch, slots: Int32s) -> None:
+def follow(batch: RunningBatch, slots: Slots) -> None:
     """The last known token of those of these slots that are first rows is their second rows', too."""
     for slot in slots[batch.is_beam[slots]].tolist():
         own, other = batch.request_at(slot).slots

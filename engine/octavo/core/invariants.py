@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from octavo.core.guidance import branches
 from octavo.core.kv_cache_manager import KVCacheManager
-from octavo.core.request import Request, RequestStatus, is_guided
+from octavo.core.request import Request, RequestStatus
 from octavo.core.running_batch import RunningBatch
 
 
@@ -45,7 +45,7 @@ def _check_beams(batch: RunningBatch, kv: KVCacheManager, request: Request) -> N
     slots, beams = request.slots, request.beams
     assert beams is not None and len(slots) == request.num_rows == len(set(slots))
     assert all(batch.requests[slot] is request for slot in slots)
-    begun = [len(row) for row in branches(request.spec)] if is_guided(request.spec) else [0] * len(slots)
+    begun = [len(row) for row in branches(request.spec)] if request.group.is_guided else [0] * len(slots)
     for counter in (batch.num_tokens, batch.num_known):
         assert len(set((counter[slots] - begun).tolist())) == 1, "rows do not go in step"
     assert (batch.num_known[slots] == batch.num_tokens[slots]).all(), "a beam search ran ahead"

@@ -9,6 +9,7 @@ import numpy as np
 
 from octavo.core.block_pool import NULL_BLOCK, BlockPool
 from octavo.core.request import Request
+from octavo.core.running_batch import Slots
 from octavo.step import Int32s
 
 
@@ -41,36 +42,48 @@ class KVCacheManager:
         blocks: list[int] = self.block_table[slot, : self.num_blocks[slot]].tolist()
         return blocks
 
+    def table_of(self, slot: int) -> Int32s:
+        """A copy."""
+        table: Int32s = self.block_table[slot, : self.num_blocks[slot]].copy()
+        return table
+
     def find_prefix(self, request: Request) -> list[int]:
         """Blocks that hold the request's leading tokens already. Its last token is always left to be computed."""
         if request.spec.bypass_prefix_cache or not self.pool.enable_prefix_caching:
             return []
         if request.spec.prompt_logprobs is not None:
             return []  # every position's logits are wanted
-        found = []
-        for block_hash in request.hashes(
-            request.token_ids, (request.num_tokens - 1) // self.block_size, self.block_size
-        ):
-            block = self.pool.lookup(block_hash)
-            if block is None:
-                break
-            found.append(block)
-        return found
+        count = (request.num_tokens - 1) // self.block_size
+        return self.pool.lookup(request.hashes(request.token_ids, count, self.block_size))
 
-    def can_admit(self, shared: Iterable[int], num_tokens: int, keep_watermark: bool, num_more: int = 0) -> bool:
+    def can_admit(self, shared: list[int], num_tokens: int, keep_watermark: bool, num_more: int = 0) -> bool:
         """Whether a request of `num_tokens` that shares these blocks fits as a whole, with `num_more` blocks."""
-        shared = list(shared)
-        taken = self.blocks_for(num_tokens) - len(shared) + sum(map(self.pool.is_unowned, shared)) + num_more
+        taken = self.blocks_for(num_tokens) + num_more
+        if shared:
+            taken -= len(shared) - self.pool.num_unowned(shared)
         kept = (self.watermark_blocks if keep_watermark else 0) + self.num_reserved
         return taken + kept <= self.pool.num_free
 
-    def admit(self, slot: int, shared: list[int]) -> None:
-        """Starts the slot's table with a share in these blocks."""
-        assert self.num_blocks[slot] == 0, f"slot {slot} has blocks"
-        self.pool.acquire(shared)
-        self.block_table[slot, : len(shared)] = shared
-        self.num_blocks[slot] = len(shared)
-        self.num_indexed[slot] = len(shared)
+    def admit(self, slot: int, shared: list[int], num_tokens: int) -> Int32s:
+        """Starts the slot's table with a share in these full blocks, and makes room for `num_tokens` in all.
+
+        Returns:
+            A copy of the table.
+        """
+        if shared:
+            self.pool.acquire(shared)
+        own = self.pool.allocate(self.blocks_for(num_tokens) - len(shared))
+        assert own is not None
+        if shared:
+            self.num_indexed[slot] = len(shared)
+        return self._start_table(slot, shared + own)
+
+    def _start_table(self, slot: int, blocks: list[int]) -> Int32s:
+        """Of an empty slot; a copy."""
+        table = np.array(blocks, np.int32)
+        self.block_table[slot, : len(blocks)] = table
+        self.num_blocks[slot] = len(blocks)
+        return table
 
     def allocate_slots(self, slot: int, num_tokens: int) -> list[int] | None:
         """Makes room for `num_tokens` in all; the blocks added, or None (nothing has changed): preempt someone."""
@@ -84,6 +97,15 @@ class KVCacheManager:
             self.num_blocks[slot] = have + missing
         return blocks
 
+    def append_blocks(self, slots: Slots) -> list[tuple[int, int, list[int]]]:
+        """A block more for each of these slots, of which there must be enough: (slot, column, [block])."""
+        blocks = self.pool.allocate(len(slots))
+        assert blocks is not None
+        columns = self.num_blocks[slots]
+        self.block_table[slots, columns] = blocks
+        self.num_blocks[slots] = columns + 1
+        return [(s, c, [b]) for s, c, b in zip(slots.tolist(), columns.tolist(), blocks, strict=True)]
+
     def fork(self, slot: int, blocks: list[int], num_tokens: int) -> list[tuple[int, int]] | None:
         """Starts the slot's table with the first `num_tokens` of a sequence that lies in `blocks`.
 
@@ -96,17 +118,15 @@ class KVCacheManager:
         own = self.pool.allocate(1)
         if own is None:
             return None
-        self.admit(slot, blocks[:num_full])
-        self.block_table[slot, num_full] = own[0]
-        self.num_blocks[slot] = num_full + 1
+        self.pool.acquire(blocks[:num_full])
+        self._start_table(slot, blocks[:num_full] + own)
+        self.num_indexed[slot] = num_full
         return [(blocks[num_full], own[0])] if num_tokens % self.block_size else []
 
     def share(self, slot: int, blocks: list[int]) -> None:
         """Starts the slot's table with these owned blocks, the last of which may be partial."""
-        assert self.num_blocks[slot] == 0, f"slot {slot} has blocks"
         self.pool.acquire(blocks)
-        self.block_table[slot, : len(blocks)] = blocks
-        self.num_blocks[slot] = len(blocks)
+        self._start_table(slot, blocks)
 
     def num_missing(self, slots: Sequence[int], num_computed: Iterable[int], num_tokens: Iterable[int]) -> int:
         """Free blocks that it takes to `extend` these slots, all of them."""
@@ -149,13 +169,23 @@ class KVCacheManager:
         for blocks in old:
             self.pool.release(blocks)
 
-    def index(self, slot: int, request: Request, token_ids: Int32s, num_computed: int) -> None:
-        """Enters blocks that have become full of known, computed tokens into the prefix cache."""
-        first, count = int(self.num_indexed[slot]), num_computed // self.block_size
-        hashes = request.hashes(token_ids, count, self.block_size)
-        for column in range(first, count):
-            self.pool.insert(int(self.block_table[slot, column]), hashes[column])
-        self.num_indexed[slot] = count
+    def index(self, slots: Slots, requests: Iterable[Request], token_ids: Int32s, num_full: Int32s) -> None:
+        """Enters blocks that have become full of known, computed tokens into the prefix cache.
+
+        Args:
+            token_ids: [max_num_requests, max_model_len], by slot.
+            num_full: [N] full blocks of each of `slots`.
+        """
+        blocks: list[int] = []
+        hashes: list[bytes] = []
+        firsts, counts = self.num_indexed[slots].tolist(), num_full.tolist()
+        for slot, request, first, count in zip(slots.tolist(), requests, firsts, counts, strict=True):
+            if request.beams is not None:  # what follows the prompt is of one row among several
+                count = min(count, len(request.group.prompt) // self.block_size)
+            hashes += request.hashes(token_ids[slot], count, self.block_size)[first:]
+            blocks += self.block_table[slot, first:count].tolist()
+        self.pool.insert(blocks, hashes)
+        self.num_indexed[slots] = num_full
 
     def forget(self, slots: Sequence[int]) -> None:
         """Blocks that only these slots own leave the prefix cache: their content is not to be trusted."""
@@ -168,13 +198,15 @@ class KVCacheManager:
         """No block of the slot enters the prefix cache (any more)."""
         self.num_indexed[slot] = self.block_table.shape[1]
 
-    def free(self, slot: int) -> None:
-        """Gives the slot's blocks back."""
-        blocks = self.blocks_of(slot)
+    def free(self, slots: Slots) -> None:
+        """Gives the slots' blocks back, those of the first slot first."""
+        blocks: list[int] = []
+        for slot, count in zip(slots[::-1].tolist(), self.num_blocks[slots[::-1]].tolist(), strict=True):
+            blocks += self.block_table[slot, :count].tolist()
         self.pool.release(blocks)
-        self.block_table[slot, : len(blocks)] = NULL_BLOCK
-        self.num_blocks[slot] = 0
-        self.num_indexed[slot] = 0
+        self.block_table[slots] = NULL_BLOCK
+        self.num_blocks[slots] = 0
+        self.num_indexed[slots] = 0
 
     def owners(self, slots: Iterable[int]) -> Counter[int]:
         """How many of these slots' tables name each block."""

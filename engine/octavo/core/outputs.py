@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.core.request import Request
+from octavo.core.running_batch import Slots
 from octavo.errors import Reason
 from octavo.ipc import (
     BeamSequence,
@@ -44,7 +45,7 @@ class StepTokens:
 
     rows: Int32s
     """Ascending; R + i is the i-th of the further tokens of the step's R rows."""
-    slots: Int32s
+    slots: Slots
     frontends: Int32s
     keys: npt.NDArray[np.int64]
     token_ids: Int32s
@@ -90,8 +91,9 @@ class Events:
         frontends = set(events)
         if tokens is not None and len(tokens.rows):
             first = int(tokens.frontends[0])
-            uniform = not (tokens.frontends != first).any()
-            frontends |= {first} if uniform else set(tokens.frontends.tolist())
+            frontends.add(first)
+            if np.count_nonzero(tokens.frontends != first):
+                frontends.update(tokens.frontends.tolist())
         outputs = {}
         for frontend in sorted(frontends):
             own = tokens if tokens is None or len(frontends) == 1 else _select(tokens, tokens.frontends == frontend)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from octavo.core.running_batch import Slots
 from octavo.step import Int32s, NewRequest, SchedulerOutput
 
-_NONE: Int32s = np.empty(0, np.int32)
+_NONE: Slots = np.empty(0, np.intp)
 
 
 @dataclass(slots=True)
@@ -17,7 +18,7 @@ class Plan:
 
     budget: int
     """Tokens left."""
-    decode: Int32s = field(default_factory=lambda: _NONE)
+    decode: Slots = field(default_factory=lambda: _NONE)
     """Running slots with one token to compute, which samples."""
     prefill: list[tuple[int, int]] = field(default_factory=list)
     """(slot, tokens) of running slots that catch up."""
@@ -47,7 +48,13 @@ class Plan:
         step.expired_groups = self.expired_groups
         step.drafts = [draft for _, draft in self.drafts]
         if self.grown:
-            step.block_slots = np.array([slot for slot, _, blocks in self.grown for _ in blocks], np.int32)
-            columns = [first + i for _, first, blocks in self.grown for i in range(len(blocks))]
+            slots: list[int] = []
+            columns: list[int] = []
+            block_ids: list[int] = []
+            for slot, first, blocks in self.grown:
+                slots += [slot] * len(blocks)
+                columns += range(first, first + len(blocks))
+                block_ids += blocks
+            step.block_slots = np.array(slots, np.int32)
             step.block_columns = np.array(columns, np.int32)
-            step.block_ids = np.array([block for _, _, blocks in self.grown for block in blocks], np.int32)
+            step.block_ids = np.array(block_ids, np.int32)

@@ -24,19 +24,6 @@ class RequestStatus(enum.Enum):
     """Its terminal event is out. It may keep slot and blocks until the step in flight is done."""
 
 
-def is_beam_search(spec: EngineCoreRequest) -> bool:
-    return (spec.params.num_beams or 1) > 1
-
-
-def is_guided(spec: EngineCoreRequest) -> bool:
-    return bool(spec.negative_prompt_token_ids)
-
-
-def num_rows(spec: EngineCoreRequest) -> int:
-    """Sequences that a prompt decodes at once."""
-    return max(spec.num_sequences, spec.params.num_beams or 1)
-
-
 class Group:
     """The sequences of one prompt. Owned by the scheduler.
 
@@ -45,7 +32,7 @@ class Group:
     """
 
     __slots__ = (
-        "announced", "cached_tokens", "group_id", "held_blocks", "held_members", "num_alive",
+        "announced", "cached_tokens", "group_id", "held_blocks", "held_members", "is_guided", "is_search", "num_alive",
         "num_prompt_logprobs", "num_rows", "num_slots", "num_unforked", "prompt", "spec", "start_time",
     )  # fmt: skip
 
@@ -53,9 +40,12 @@ class Group:
         self.group_id = group_id
         self.spec = spec
         self.prompt: Int32s = np.frombuffer(spec.prompt_token_ids, np.int32)
-        self.num_rows = num_rows(spec)
-        """Rows of random numbers."""
-        self.num_alive = 1 if is_beam_search(spec) else spec.num_sequences
+        num_beams = spec.params.num_beams or 1
+        self.is_search = num_beams > 1
+        self.is_guided = bool(spec.negative_prompt_token_ids)
+        self.num_rows = max(spec.num_sequences, num_beams)
+        """Sequences that it decodes at once: rows of random numbers."""
+        self.num_alive = 1 if self.is_search else spec.num_sequences
         """Requests that have not ended."""
         self.num_slots = 0
         """Slots its sequences occupy, ended ones in flight included."""
@@ -72,6 +62,12 @@ class Group:
         """PromptStarted is out."""
         self.num_prompt_logprobs = 0
         """Prompt tokens whose logprobs were sent."""
+
+    def hold(self, members: list[Request]) -> None:
+        """These wait for another one to compute the prompt."""
+        for member in members:
+            member.status = RequestStatus.HELD
+        self.held_members = members
 
 
 class Beams:
@@ -99,39 +95,37 @@ class Request:
     RunningBatch."""
 
     __slots__ = (
-        "arrival", "beams", "block_hashes", "forks", "frontend", "group", "is_search", "key", "num_preemptions",
-        "row", "slot", "status", "token_ids",
+        "_hasher", "beams", "block_hashes", "forks", "frontend", "group", "is_search", "key", "keys", "num_preemptions",
+        "rank", "row", "slot", "spec", "status", "token_ids",
     )  # fmt: skip
 
     def __init__(self, frontend: int, group: Group, row: int, arrival: int) -> None:
+        """`arrival`: number in order of arrival."""
+        spec = group.spec
         self.frontend = frontend
-        self.key = group.spec.key + row
+        self.key = spec.key + row
         """The first of a beam search."""
         self.group = group
+        self.spec = spec
         self.row = row
-        self.arrival = arrival
-        """Number in order of arrival."""
+        self.rank = (-spec.priority, arrival)
+        """Smaller is scheduled earlier and preempted later: priority, then order of arrival."""
         self.status = RequestStatus.WAITING
         self.slot = -1
         """The first row's, if there are several."""
-        self.is_search = is_beam_search(group.spec)
+        self.is_search = group.is_search
+        self.keys = range(self.key, self.key + (spec.num_sequences if self.is_search else 1))
+        """Of the sequences that it answers."""
         self.beams = _beams_of(group)
         self.forks = False
         """Counts in its group's `num_unforked`."""
         self.token_ids: Int32s = group.prompt
         """Prompt and output so far, as of the last time it was not running; of a beam search the prompt."""
         self.block_hashes: list[bytes] = []
-        """Chained hashes of its leading full blocks, as far as they were needed."""
+        """Of its leading full blocks, as far as they were needed."""
+        self._hasher: hashlib._Hash | None = None
+        """Has seen the tokens of these blocks."""
         self.num_preemptions = 0
-
-    @property
-    def spec(self) -> EngineCoreRequest:
-        return self.group.spec
-
-    @property
-    def keys(self) -> range:
-        """Of the sequences that it answers."""
-        return range(self.key, self.key + (self.spec.num_sequences if self.is_search else 1))
 
     @property
     def num_rows(self) -> int:
@@ -146,24 +140,23 @@ class Request:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Smaller is scheduled earlier and preempted later: priority, then order of arrival."""
-        return (-self.spec.priority, self.arrival)
-
     def hashes(self, token_ids: Int32s, count: int, block_size: int) -> list[bytes]:
-        """Chained SHA-256 hashes of the first `count` full blocks of `token_ids`, the salt at the chain's root."""
-        while len(self.block_hashes) < count:
-            index = len(self.block_hashes)
-            parent = self.block_hashes[-1] if index else hashlib.sha256(self.spec.cache_salt.encode()).digest()
-            tokens = token_ids[index * block_size : (index + 1) * block_size]
-            self.block_hashes.append(hashlib.sha256(parent + tokens.tobytes()).digest())
+        """Of the first `count` full blocks of `token_ids`: SHA-256 of the salt and all tokens up to the block's end."""
+        known = len(self.block_hashes)
+        if known < count:
+            if self._hasher is None:
+                salt = self.spec.cache_salt
+                self._hasher = hashlib.sha256(f"{len(salt)}:{salt}".encode())
+            tokens = token_ids.data
+            for start in range(known * block_size, count * block_size, block_size):
+                self._hasher.update(tokens[start : start + block_size])
+                self.block_hashes.append(self._hasher.digest())
         return self.block_hashes[:count]
 
 
 def _beams_of(group: Group) -> Beams | None:
-    if is_beam_search(group.spec):
+    if group.is_search:
         return Beams([group.prompt] * group.num_rows, [group.spec.max_total_tokens] * group.num_rows)
-    if is_guided(group.spec):
+    if group.is_guided:
         return Beams(branches(group.spec), max_totals(group.spec))
     return None

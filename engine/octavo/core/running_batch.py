@@ -8,6 +8,10 @@ import numpy.typing as npt
 from octavo.core.request import Request
 from octavo.step import Bools, Int32s
 
+Slots = npt.NDArray[np.intp]
+"""Slots to index arrays with: numpy takes these as they are, and copies any other integers first, at ten times the
+cost."""
+
 
 class RunningBatch:
     """Counters and tokens by slot. Owned by the scheduler.
@@ -45,9 +49,11 @@ class RunningBatch:
         """Not scheduled while a token of it is in flight."""
         self.num_waiting = 0
         """Slots for which that is so."""
+        self.evicting: dict[int, None] = {}
+        """Slots of preempted requests that a launched step contains; of several rows the first."""
         self._free_slots = list(range(size - 1, -1, -1))
         self._running: dict[int, None] = {}  # slots that may be scheduled, in order of admission
-        self._order: Int32s | None = None
+        self._order: Slots | None = None
 
     @property
     def num_free_slots(self) -> int:
@@ -58,10 +64,10 @@ class RunningBatch:
         return len(self._running)
 
     @property
-    def order(self) -> Int32s:
+    def order(self) -> Slots:
         """[N] slots that may be scheduled, in order of admission."""
         if self._order is None:
-            self._order = np.fromiter(self._running, np.int32, len(self._running))
+            self._order = np.fromiter(self._running, np.intp, len(self._running))
         return self._order
 
     def occupied_slots(self) -> list[int]:
@@ -82,7 +88,6 @@ class RunningBatch:
         self.num_tokens[slot] = self.num_known[slot] = length
         self.num_computed[slot] = num_computed
         self.max_total[slot] = spec.max_total_tokens
-        self.in_flight[slot] = 0
         self.live[slot] = True
         self.announces[slot] = not request.group.announced
         self.frontend[slot] = request.frontend
@@ -112,19 +117,23 @@ class RunningBatch:
     def is_running(self, slot: int) -> bool:
         return slot in self._running
 
-    def remove(self, slot: int) -> None:
-        """Empties the slot. No launched step may contain it."""
-        assert self.in_flight[slot] == 0, f"slot {slot} is in flight"
-        self.stop(slot)
-        request = self.request_at(slot)
-        request.slot = -1
-        request.group.num_slots -= 1
-        self.requests[slot] = None
-        self.num_waiting -= int(self.waits[slot])
-        self.live[slot] = self.is_beam[slot] = self.waits[slot] = False
-        self.num_timed -= int(self.end_time[slot] < np.inf)
-        self.end_time[slot] = np.inf
-        self._free_slots.append(slot)
+    def remove(self, slots: Slots) -> None:
+        """Empties these slots, which were stopped. No launched step may contain them."""
+        assert not self.in_flight[slots].any(), f"one of the slots {slots} is in flight"
+        emptied = slots.tolist()
+        for slot in emptied:
+            request = self.request_at(slot)
+            request.slot = -1
+            request.group.num_slots -= 1
+            self.requests[slot] = None
+        self._free_slots += emptied
+        self.live[slots] = self.is_beam[slots] = False
+        if self.num_waiting:
+            self.num_waiting -= int(np.count_nonzero(self.waits[slots]))
+            self.waits[slots] = False
+        if self.num_timed:
+            self.num_timed -= int(np.count_nonzero(self.end_time[slots] < np.inf))
+            self.end_time[slots] = np.inf
 
     def known_tokens(self, slot: int) -> Int32s:
         """A copy of prompt and output so far."""

@@ -25,11 +25,9 @@ class WaitingQueue:
             heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None
 
-    def pop(self) -> Request:
-        request = self.peek()
-        assert request is not None
+    def pop(self) -> None:
+        """Takes out what `peek` has just shown."""
         heapq.heappop(self._heap)
-        return request
 
 
 class Timers:
