@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -62,7 +62,7 @@ def new_request(slot: int, **fields: object) -> NewRequest:
         stop_token_ids=(),
         seed=0,
     )
-    return dataclasses.replace(request, **fields)  # type: ignore[arg-type]
+    return msgspec.structs.replace(request, **fields)
 
 
 def step(rows: list[tuple[int, int, int, bool]], **fields: object) -> SchedulerOutput:

@@ -72,11 +72,16 @@ INLINE void store(void *to, vec x, int type) {
         memcpy(to, &y, sizeof y);
 #endif
     } else {
+#if defined(__AVX512BF16__)
+        __m256bh y = _mm512_cvtneps_pbh((__m512)x);
+        memcpy(to, &y, sizeof y);
+#else
         bits b = (bits)x;
         bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
         bits nan = (bits)((b & 0x7fffffff) > 0x7f800000);
         halves y = narrow((nan & 0x7fc0) | (~nan & rounded));
         memcpy(to, &y, sizeof y);
+#endif
     }
 }
 

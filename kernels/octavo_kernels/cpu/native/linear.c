@@ -6,7 +6,6 @@
 
 #define VECTORS 3 /* of outputs in a strip; with 8 rows they fill 24 of 32 registers */
 #define STRIP (VECTORS * LANES)
-#define AHEAD 16 /* inputs: where several rows use a strip, it is fetched from the second-level cache this early */
 
 enum activation { NONE = 0, GELU_TANH = 1 }; /* as in __init__.py */
 
@@ -41,14 +40,13 @@ INLINE vec gelu_tanh(vec x) {
     return x / (1.0f + exponential(-inner));
 }
 
-/* Bias, activation, residual, for 16 outputs of a row, or fewer at the end. */
-INLINE void finish(uint16_t *to, vec x, const struct layer *l, int64_t output, const uint16_t *residual) {
-    int count = l->outputs - output < LANES ? (int)(l->outputs - output) : LANES;
-    if (count <= 0) return;
-    if (l->bias) x += load_part(l->bias + output, count, BF16);
+/* Bias, activation, residual of 16 outputs of a row; of the first `count` only, at the end. */
+INLINE void finish(uint16_t *to, vec x, const struct layer *l, int64_t output, const uint16_t *residual, int count) {
+    int part = count < LANES;
+    if (l->bias) x += part ? load_part(l->bias + output, count, BF16) : load(l->bias + output, BF16);
     if (l->activation == GELU_TANH) x = gelu_tanh(x);
-    if (residual) x += load_part(residual, count, BF16);
-    store_part(to, x, count, BF16);
+    if (residual) x += part ? load_part(residual, count, BF16) : load(residual, BF16);
+    part ? store_part(to, x, count, BF16) : store(to, x, BF16);
 }
 
 /* Some rows by a strip, in registers over all of K. */
@@ -61,10 +59,7 @@ INLINE void tile(uint16_t *to, const uint16_t *x, const uint16_t *residual, cons
         for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_setzero_ps();
     for (int64_t k = 0; k < inputs; k += 2, weight += 2 * STRIP) {
         __m512bh columns[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            columns[v] = (__m512bh)_mm512_loadu_si512(weight + 2 * v * LANES);
-            if (rows == 8) __builtin_prefetch(weight + 2 * v * LANES + AHEAD * STRIP);
-        }
+        for (int v = 0; v < VECTORS; v++) columns[v] = (__m512bh)_mm512_loadu_si512(weight + 2 * v * LANES);
         for (int r = 0; r < rows; r++) {
             int32_t pair;
             memcpy(&pair, x + r * inputs + k, sizeof pair);
@@ -75,7 +70,11 @@ INLINE void tile(uint16_t *to, const uint16_t *x, const uint16_t *residual, cons
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < VECTORS; v++) {
             int64_t output = strip * STRIP + v * LANES, at = r * l->outputs + output;
-            finish(to + at, (vec)sums[r][v], l, output, residual ? residual + at : 0);
+            int64_t left = l->outputs - output;
+            if (left >= LANES)
+                finish(to + at, (vec)sums[r][v], l, output, residual ? residual + at : 0, LANES);
+            else if (left > 0)
+                finish(to + at, (vec)sums[r][v], l, output, residual ? residual + at : 0, (int)left);
         }
 }
 
