@@ -38,6 +38,7 @@ _CHOICES: Final[dict[str, list[Any]]] = {
     "device": ["auto", "cpu", "cuda", "interpreter"],
     "dtype": ["auto", "float32", "bfloat16", "float16"],
     "quantization": ["int8"],
+    "kv_cache_dtype": ["auto", "fp8"],
     "block_size": [16, 32, 64],
     "health_default": ["liveness", "readiness"],
 }
