@@ -53,6 +53,7 @@ CONTENDERS = {
     "octavo-unary": Contender("octavo_server", "bfloat16", "unary"),
     "octavo-batch": Contender("octavo_server", "bfloat16", "batch"),
     "octavo-session": Contender("octavo_server", "bfloat16", "session"),
+    "octavo-fp8-cache": Contender("octavo_llm", "fp8-cache"),
     "vllm": Contender("vllm_llm", "bfloat16", environment="vllm"),
     "vllm-stream": Contender("vllm_server", "bfloat16", "stream", environment="vllm"),
     "vllm-unary": Contender("vllm_server", "bfloat16", "unary", environment="vllm"),

@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3 bash bench/gpu.sh                 all parts, most important first; what the time is too short for is named
 #   PYTHON=python3 bash bench/gpu.sh step offline    some parts: tests model gpu-tests gate step dependent-launch offline
-#                                                    serve prefix ceilings kernels
+#                                                    serve prefix quality ceilings kernels
 #   bash bench/gpu.sh --dry                          every part's command without a GPU, on tiny shapes: times are invented
 #
 # Runs on after a failure; the exit status is 1 if anything failed or was left out, 2 without a GPU. Needs a Python with a
@@ -22,7 +22,7 @@ if [ "${1:-}" = --dry ]; then
 fi
 OUT="${OUT:-bench/results}"
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests model gpu-tests gate step dependent-launch offline serve prefix ceilings kernels)
+[ ${#parts[@]} -gt 0 ] || parts=(tests model gpu-tests gate step dependent-launch offline serve prefix quality ceilings kernels)
 export PYTHON PYTHONPATH="engine:kernels:proto:tests${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$OUT"
 failed=0
@@ -57,7 +57,8 @@ ceilings_dry() {
 export -f kernel_tests ceilings_dry
 
 run_part() {
-  local collect=() gate=() step=() dependent=() load=() offline=() serve=() prefix=() kernels=() ceilings=("$PYTHON" bench/roofline.py)
+  local collect=() gate=() step=() dependent=() load=() offline=() serve=() prefix=() quality=() kernels=()
+  local ceilings=("$PYTHON" bench/roofline.py)
   if [ $dry = 1 ]; then
     collect=(--collect-only)
     gate=(--device cpu --shape tiny --prompts 4 --new 8)
@@ -67,6 +68,7 @@ run_part() {
     offline=(--scale 0.004 --workloads single,19/58 --contenders octavo)
     serve=(--concurrency 2 --rounds 1 --workloads 11/64)
     prefix=(--device cpu --dtype float32 --shape tiny --shared 64 --own 8 --new 4 --requests 4 --repeats 1 --threads 1)
+    quality=(--windows 1 --prompt 8)
     kernels=(norm --interpret)
     ceilings=(bash +o pipefail -c 'ceilings_dry "$@"' ceilings)
   fi
@@ -85,6 +87,8 @@ run_part() {
     serve) part 90 "over gRPC" "$PYTHON" bench/serve.py --contenders octavo,octavo-stream,octavo-session \
       --workloads 11/64,128/128 --rounds 4 --cell-seconds 5 --out "$OUT/serve.jsonl" "${load[@]}" "${serve[@]}" ;;
     prefix) part 50 "prefix cache" "$PYTHON" bench/prefix.py --out "$OUT/prefix.jsonl" "${prefix[@]}" ;;
+    quality) part 40 "fp8 cache: perplexity, greedy tokens" "$PYTHON" bench/quality.py --a kv_cache_dtype=auto \
+      --b kv_cache_dtype=fp8 --window 64 --new 32 --out "$OUT/quality.jsonl" "${quality[@]}" ;;
     ceilings) part 40 "ceilings" "${ceilings[@]}" --out "$OUT/roofline.jsonl" ;;
     kernels) part 180 "kernels" "$PYTHON" bench/kernels.py --seconds 30 --budget 160 --out "$OUT/kernels.jsonl" \
       "${kernels[@]}" ;;

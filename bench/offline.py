@@ -36,6 +36,7 @@ PAIRS = [
     ("octavo", "transformers-continuous"),
     ("octavo", "ctranslate2"),
     ("octavo-int8", "ctranslate2-int8"),
+    ("octavo-fp8-cache", "octavo"),
 ]
 H100_RATES = {
     "single": 1_000,

@@ -2,12 +2,14 @@
 
     python bench/quality.py                                          float32 against bfloat16 on the bundled model
     python bench/quality.py --a dtype=bfloat16 --b dtype=bfloat16,quantization=int8
+    python bench/quality.py --a kv_cache_dtype=auto --b kv_cache_dtype=fp8
     python bench/quality.py --model FOLDER --text FILE --window 1024
 
 `--a` and `--b` are keywords of `octavo.LLM`; A is what B is held against.
 
 perplexity     of the text in windows, through prompt_logprobs: each token given those before it in its window. It is
-               `quality_text.txt`: public domain, by authors whom the bundled model was not trained on
+               `quality_text.txt`: public domain, by authors whom the bundled model was not trained on. The ratio
+               has its standard error, as if tokens were independent
 difference     mean over tokens of |log p under B - log p under A|, and the largest
 greedy         both complete the windows' beginnings by `--new` tokens: part of the tokens that are the same, and mean
                number of tokens before the first difference (`--new` where there is none)
@@ -124,12 +126,14 @@ def compare(first: Quality, second: Quality, new_tokens: int) -> list[dict[str, 
         print(f"{name}  perplexity {quality.perplexity:9.4f}   {quality.setting} ({quality.device}, {quality.dtype})")
         described = {"setting": quality.setting, "device": quality.device, "dtype": quality.dtype}
         lines.append({"record": "setting", "name": name, **described, "perplexity": quality.perplexity})
-    differences = np.abs(np.concatenate(first.logprobs) - np.concatenate(second.logprobs))
+    signed = np.concatenate(first.logprobs) - np.concatenate(second.logprobs)
+    differences = np.abs(signed)
     same = agreement(second.greedy, first.greedy)
     equal = [agreeing(ours, theirs) for ours, theirs in zip(second.greedy, first.greedy, strict=True)]
     ratio = second.perplexity / first.perplexity
+    error = ratio * float(signed.std()) / math.sqrt(tokens)
     print(
-        f"B / A: perplexity {ratio:.5f}; |difference of log p| {differences.mean():.5f}, at most "
+        f"B / A: perplexity {ratio:.5f} +- {error:.5f}; |difference of log p| {differences.mean():.5f}, at most "
         f"{differences.max():.4f}\n"
         f"greedy: {same:.4f} of the tokens are the same; {np.mean(equal):.1f} of {new_tokens} before the first "
         "difference"
@@ -139,6 +143,7 @@ def compare(first: Quality, second: Quality, new_tokens: int) -> list[dict[str, 
             "record": "comparison",
             "tokens": tokens,
             "perplexity_ratio": ratio,
+            "perplexity_ratio_error": error,
             "logprob_difference_mean": float(differences.mean()),
             "logprob_difference_most": float(differences.max()),
             "greedy_agreement": same,

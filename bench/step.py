@@ -2,6 +2,7 @@
 
     python bench/step.py                                  gpt2's shape on the CPU; gpt2-large's in bf16 on a GPU
     python bench/step.py --batches 1,64 --contexts 64,256
+    python bench/step.py --kv-cache-dtype fp8             of the cache, else the model's type
     python bench/step.py --profile step.txt --trace step.json.gz    also a table of kernels, a Chrome trace
     python bench/step.py --device cpu --parts             also the CPU path's parts, with a floor of each
 
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import environment
+import msgspec
 import numpy as np
 import step_parts
 import torch
@@ -128,7 +130,8 @@ def main() -> int:
     clock.wrap(core)
     inside = step_parts.PartTimes(core) if options.parts else None
     bandwidth, rates = copy_bandwidth(), step_parts.measure_rates(core) if inside else None
-    print(f"{core.info.device}, {core.info.dtype}, {options.shape}; copy {bandwidth / 1e9:.0f} GB/s", flush=True)
+    types = f"{core.info.dtype}, cache {core.info.kv_cache_dtype}"
+    print(f"{core.info.device}, {types}, {options.shape}; copy {bandwidth / 1e9:.0f} GB/s", flush=True)
     print(
         f"{'batch':>6}{'context':>8}{'step':>9}{'p10':>8}{'p90':>8}" + "".join(f"{part:>9}" for part in PARTS), end=""
     )
@@ -164,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100 if on_gpu else 20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto" if not on_gpu else "bfloat16")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--shape", default="gpt2-large" if on_gpu else "gpt2", help="as peers/random_checkpoint.py has")
     parser.add_argument("--no-graphs", action="store_true", help="launch kernel by kernel")
@@ -198,10 +202,10 @@ def make_core(options: argparse.Namespace, **fields: Any) -> EngineCore:
         **fields,
     )
     scheduler = SchedulerConfig(max_num_requests=max(options.batches), max_queue_time=3600.0)
-    cache = CacheConfig(enable_prefix_caching=False)
+    cache = CacheConfig(enable_prefix_caching=False, kv_cache_dtype=options.kv_cache_dtype)
     if options.device != "auto" or not torch.cuda.is_available():
         per_request = -(-(max(options.contexts) + options.steps + 40) // cache.block_size)
-        cache = CacheConfig(enable_prefix_caching=False, num_blocks=max(options.batches) * per_request + 64)
+        cache = msgspec.structs.replace(cache, num_blocks=max(options.batches) * per_request + 64)
     return EngineCore(EngineConfig(model=model, cache=cache, scheduler=scheduler), print)
 
 
@@ -292,10 +296,10 @@ def settled(core: EngineCore, batch: int) -> bool:
 
 def step_bytes(core: EngineCore, batch: int, context: int) -> float:
     """What a decode step has to read: every weight but the position table and, if it is tied, one copy of wte."""
-    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[core.info.dtype]
+    itemsize, cache_itemsize = (getattr(torch, name).itemsize for name in (core.info.dtype, core.info.kv_cache_dtype))
     spec = json.loads((CACHE / core.info.model / "config.json").read_text())
     weights = (core.info.num_parameters - spec["n_positions"] * spec["n_embd"]) * itemsize
-    cache = 2 * spec["n_layer"] * spec["n_embd"] * itemsize * context * batch
+    cache = 2 * spec["n_layer"] * spec["n_embd"] * cache_itemsize * context * batch
     return float(weights + cache)
 
 
@@ -348,6 +352,7 @@ def facts(options: argparse.Namespace, core: EngineCore) -> dict[str, Any]:
         "device": core.info.device,
         "gpu": environment.gpu_state(),
         "dtype": core.info.dtype,
+        "kv_cache_dtype": core.info.kv_cache_dtype,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "shape": options.shape,

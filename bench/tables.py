@@ -239,7 +239,10 @@ def quality(results: Path) -> str:
     run = newest(results / "quality.jsonl")
     rows = [[line["name"], line["setting"], f"{line['perplexity']:.3f}"] for line in run.of("setting")]
     [line] = run.of("comparison")
-    rows.append(["B / A", f"{line['greedy_agreement']:.1%} equal greedy tokens", f"{line['perplexity_ratio']:.4f}"])
+    ratio = f"{line['perplexity_ratio']:.4f} ± {line['perplexity_ratio_error']:.4f}"
+    same = f"{line['greedy_agreement']:.0%} equal greedy tokens"
+    before = f"{line['greedy_tokens_before_difference']:.0f} of {line['greedy_tokens']} before the first other one"
+    rows.append(["B / A", f"{same}, {before}", ratio])
     return f"{table(['', 'setting', 'perplexity'], rows)}\n\n{conditions(run)}"
 
 

@@ -8,13 +8,17 @@ import worker_loop
 from octavo.llm import LLM
 from worker_loop import NewTokens
 
-QUANTIZED = {"dtype": "bfloat16", "quantization": "int8"}
+OWN_TYPES = {
+    "int8": {"dtype": "bfloat16", "quantization": "int8"},
+    "fp8-cache": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+}
+"""What is called a dtype here and is none of the model's."""
 
 
 class InProcess:
     def __init__(self, options: worker_loop.Options) -> None:
         self.dtype = options.dtype
-        model = QUANTIZED if options.dtype == "int8" else {"dtype": options.dtype}
+        model = OWN_TYPES.get(options.dtype, {"dtype": options.dtype})
         self._llm = LLM(
             str(options.checkpoint),
             device=options.device,

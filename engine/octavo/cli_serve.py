@@ -39,6 +39,7 @@ _CHOICES: Final[dict[str, list[Any]]] = {
     "dtype": ["auto", "float32", "bfloat16", "float16"],
     "quantization": ["int8"],
     "dependent_launch": ["auto", "off"],
+    "kv_cache_dtype": ["auto", "fp8"],
     "block_size": [16, 32, 64],
     "health_default": ["liveness", "readiness"],
 }

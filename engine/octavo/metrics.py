@@ -85,7 +85,7 @@ TABLE: Final[tuple[MetricSpec, ...]] = (
     _engine("kv_cache_usage_perc", "gauge", "Part of the KV blocks that running sequences use, 0 to 1."),
     _engine("engine_up", "gauge", "1 while an engine core is warm."),
     _engine("draining", "gauge", "1 while the server refuses new requests and finishes the running ones."),
-    _engine("cache_config_info", "gauge", "Always 1.", "block_size", "num_gpu_blocks"),
+    _engine("cache_config_info", "gauge", "Always 1.", "block_size", "num_gpu_blocks", "cache_dtype"),
     _engine("build_info", "gauge", "Always 1.", "version", "device", "dtype"),
     _engine("prompt_tokens_total", "counter", "Prompt tokens computed."),
     _engine("generation_tokens_total", "counter", "Tokens generated."),
@@ -175,7 +175,8 @@ class Metrics:
     def engine_up(self, info: EngineInfo, restarts: int) -> None:
         self._gauges["engine_up"].set(1)
         self._gauges["cache_config_info"].clear()
-        self._gauges["cache_config_info"].labels(str(info.block_size), str(info.num_blocks)).set(1)
+        cache = (str(info.block_size), str(info.num_blocks), info.kv_cache_dtype)
+        self._gauges["cache_config_info"].labels(*cache).set(1)
         self._gauges["build_info"].clear()
         self._gauges["build_info"].labels(self._version, info.device, info.dtype).set(1)
         self._last.clear()  # a new process counts from zero

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from octavo_kernels.checks import (
     FLOATS,
+    FP8,
     require_contiguous,
     require_dense_rows,
     require_device,
@@ -29,7 +30,7 @@ from octavo_kernels.checks import (
     require_like,
 )
 from octavo_kernels.fp8 import encode_e4m3
-from octavo_kernels.kv_write import BLOCK_SIZES, FP8
+from octavo_kernels.kv_write import BLOCK_SIZES
 
 LOG2_E: Final = math.log2(math.e)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # before the first score: finite, so that no difference is NaN

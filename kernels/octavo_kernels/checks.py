@@ -9,6 +9,8 @@ from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """Types of activations and weights."""
+FP8 = torch.float8_e4m3fn
+"""The quantised cache's type: it holds value / scale, between -448 and 448."""
 
 
 def require_floats(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from octavo_kernels.checks import (
     FLOATS,
+    FP8,
     require_contiguous,
     require_dense_rows,
     require_device,
@@ -29,8 +30,6 @@ from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.fp8 import encode_e4m3
 from octavo_kernels.variant import Variant
 
-FP8: Final = torch.float8_e4m3fn
-"""The quantised cache's type: it holds value / scale, between -448 and 448."""
 BLOCK_SIZES: Final = (16, 32, 64)
 
 

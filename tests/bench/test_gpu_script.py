@@ -33,7 +33,7 @@ def test_dry_run_of_every_part(tmp_path: Path) -> None:
         "eleven parts, each with a beginning and a time"
     )
     written = {path.stem for path in tmp_path.iterdir()}
-    assert written == {"step", "dependent_launch", "offline", "serve", "prefix", "kernels"}
+    assert written == {"step", "dependent_launch", "offline", "serve", "prefix", "quality", "kernels"}
 
 
 def test_a_wrong_part_is_named_and_nothing_runs_without_a_gpu(tmp_path: Path) -> None:

@@ -38,9 +38,11 @@ RUNS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "quality": (
         [
             {"record": "setting", "name": "A", "setting": "dtype=float32", "perplexity": 75.2},
-            {"record": "comparison", "greedy_agreement": 0.5, "perplexity_ratio": 1.001},
+            {"record": "comparison", "greedy_agreement": 0.5, "greedy_tokens": 64}
+            | {"greedy_tokens_before_difference": 21.3, "perplexity_ratio": 1.001, "perplexity_ratio_error": 0.002},
         ],
-        "| A | dtype=float32 | 75.200 |\n| B / A | 50.0% equal greedy tokens | 1.0010 |",
+        "| A | dtype=float32 | 75.200 |\n"
+        "| B / A | 50% equal greedy tokens, 21 of 64 before the first other one | 1.0010 ± 0.0020 |",
     ),
 }
 

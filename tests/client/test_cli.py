@@ -215,12 +215,13 @@ def test_serve_without_flags_is_the_demo_model_with_all_defaults(
 
 def test_flags_of_serve_reach_their_structs(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "--dtype float32 --block-size 16 --kv-cache-memory 1.5GiB --no-enable-prefix-caching --frontends 2"
-    flags += (
-        " --max-queue-time 5 --max-inflight 9 --max-stop-strings 4 --address unix:/tmp/x --reflection --drain-delay 1"
-    )
+    flags += " --kv-cache-dtype fp8 --max-queue-time 5 --max-inflight 9 --max-stop-strings 4"
+    flags += " --address unix:/tmp/x --reflection --drain-delay 1"
     engine, server = served(monkeypatch, "some/gpt2-large", *flags.split())
     assert (engine.model.path, engine.model.name, engine.model.dtype) == ("some/gpt2-large", "gpt2-large", "float32")
-    assert engine.cache == CacheConfig(block_size=16, memory=3 * 2**29, enable_prefix_caching=False)
+    assert engine.cache == CacheConfig(
+        block_size=16, memory=3 * 2**29, kv_cache_dtype="fp8", enable_prefix_caching=False
+    )
     assert engine.scheduler == SchedulerConfig(max_queue_time=5.0)
     limits = Limits(max_queue_time=5.0, max_inflight_requests=9, max_stop_strings=4)
     assert server == ServerConfig(
@@ -241,7 +242,10 @@ def test_every_field_of_the_configuration_is_a_flag(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--block-size 17", "--device tpu", "--max-prompts -1", "--watermark nan", "--kv-cache-memory 4X", "--max"],
+    [
+        *("--block-size 17", "--device tpu", "--max-prompts -1", "--watermark nan", "--kv-cache-memory 4X", "--max"),
+        "--kv-cache-dtype int4",
+    ],
 )
 def test_bad_value_of_serve_is_usage_error(arguments: str) -> None:
     with pytest.raises(SystemExit) as caught:

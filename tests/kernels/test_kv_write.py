@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from octavo_kernels import reference
-from octavo_kernels.kv_write import FP8, kv_write
+from octavo_kernels.checks import FP8
+from octavo_kernels.kv_write import kv_write
 from torch import Tensor
 
 NUM_BLOCKS = 5

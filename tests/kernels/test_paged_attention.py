@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from octavo_kernels import reference
 from octavo_kernels.attention_tiles import decode_e4m3, fp8_form
-from octavo_kernels.kv_write import FP8
+from octavo_kernels.checks import FP8
 from octavo_kernels.paged_attention import (
     PREFILL_TILE,
     VERIFY_TILE,

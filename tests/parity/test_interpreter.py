@@ -108,6 +108,7 @@ def _smaller(value: Any) -> Any:
 def answers_of(device: str, path: Path, cases: list[Case], **fields: Any) -> tuple[list[Answer], EngineLoad]:
     config = config_of(device, path, **fields)
     runner = load_runner(config, lambda text: None)
+    assert runner.info.kv_cache_dtype == ("float8_e4m3fn" if "kv_cache_dtype" in fields else "float32")
     if isinstance(runner, ModelRunner):
         runner._host = HostSampler(runner._states, PhiloxNoise(), path)
     return engine_answers(config, cases, order_seed=1, runner=runner)
@@ -126,6 +127,7 @@ def config_of(device: str, path: Path, **fields: Any) -> EngineConfig:
         cache=CacheConfig(
             block_size=int(fields.get("block_size", 16)),
             num_blocks=int(fields.get("num_blocks", 100)),
+            kv_cache_dtype=str(fields.get("kv_cache_dtype", "auto")),
             enable_prefix_caching=bool(fields.get("prefix_caching", True)),
         ),
         scheduler=SchedulerConfig(
@@ -155,6 +157,16 @@ def test_the_device_path_gives_the_tokens_of_the_cpu_path(fields, path, cases, e
     answers, load = answers_of("interpreter", path, cases, **fields)
     assert answers == expected
     assert load.preemptions > 0 or "num_blocks" not in fields
+
+
+def test_with_an_fp8_cache_both_paths_give_the_same_tokens_however_prompts_are_cut(path, cases):
+    expected, _ = answers_of("cpu", path, cases, kv_cache_dtype="fp8")
+    crowded = {"kv_cache_dtype": "fp8", "chunk": 7, "num_blocks": 5, "prefix_caching": False}
+    answers, load = answers_of("cpu", path, cases, **crowded)
+    assert answers == expected
+    assert load.preemptions > 0
+    answers, _ = answers_of("interpreter", path, cases[:2], **crowded)
+    assert answers == expected[:2]
 
 
 def test_the_device_path_gives_the_tokens_of_the_cpu_path_for_every_processor_and_filter(path):

@@ -10,14 +10,18 @@ from octavo.config import CacheConfig, SchedulerConfig
 from octavo.errors import StartupError
 from octavo.worker.kv_cache import CPU_MEMORY, PADDING_ROWS, KVCache, num_blocks_that_fit, step_memory
 from octavo_kernels import reference
+from octavo_kernels.checks import FP8
 from octavo_kernels.cpu import native_attention
 from octavo_kernels.cpu.attention import PagedAttention
+from octavo_kernels.cpu.fp8 import widen
 from octavo_kernels.cpu.native_attention import NativeAttention
 from octavo_kernels.state import SlotState
 
 HEADS, SIZE = 3, 32
 WIDTH = HEADS * SIZE
 CPU = torch.device("cpu")
+ABSOLUTE = {torch.bfloat16: 0.03, torch.float16: 0.004}
+"""Tolerance where a chunk's own keys and values are not rounded to the cache's type."""
 
 
 KERNELS = [PagedAttention]
@@ -68,10 +72,19 @@ def positions_of(query_start_loc, seq_lens):
 
 
 @each_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.float16, {}),
+        (FP8, {"k_scale": 0.5, "v_scale": 0.004}),  # values beyond 448 are limited
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize(("num_rows", "num_decode_rows"), [(1, 1), (1, 0), (40, 40), (5, 0), (23, 17)])
-def test_write_and_attend_equal_the_reference(num_rows, num_decode_rows, block_size, dtype, kind):
+def test_write_and_attend_equal_the_reference(num_rows, num_decode_rows, block_size, dtype, scales, kind):
     rng = np.random.default_rng(num_rows)
     kernel = kind(HEADS, SIZE, block_size, dtype)
     if kind is PagedAttention:
@@ -83,11 +96,11 @@ def test_write_and_attend_equal_the_reference(num_rows, num_decode_rows, block_s
         cache = expected_cache.clone()
         qkv = torch.from_numpy(rng.standard_normal((len(slots), 3 * WIDTH)).astype(np.float32))
         plan = kernel.plan(num_blocks, slots, loc, seq_lens, tables, num_decode_rows)
-        kernel.write(plan, qkv, cache)
-        found = kernel.attend(plan, qkv, cache, 0.2)
-        reference.kv_write(qkv, expected_cache, torch.from_numpy(slots))
+        kernel.write(plan, qkv, cache, **scales)
+        found = kernel.attend(plan, qkv, cache, 0.2, **scales)
+        reference.kv_write(qkv, expected_cache, torch.from_numpy(slots), **scales)
         written = ~expected_cache.isnan()
-        assert torch.equal(cache[written], expected_cache[written])
+        assert torch.equal(cache.float()[written], expected_cache.float()[written])
         table = torch.from_numpy(tables)
         expected = reference.paged_attention(
             qkv,
@@ -98,9 +111,20 @@ def test_write_and_attend_equal_the_reference(num_rows, num_decode_rows, block_s
             seq_lens.tolist(),
             num_decode_rows,
             scale=0.2,
+            **scales,
         )
         assert torch.isfinite(found).all()
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 if dtype is torch.float32 else 0.03)
+        torch.testing.assert_close(found, expected, rtol=0, atol=ABSOLUTE.get(dtype, 2e-6))
+
+
+def test_every_fp8_number_is_widened_exactly_and_the_nearest_is_taken():
+    codes = torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(FP8).float()
+    for part in (codes, codes[~expected.isnan()]):  # NaN has a way of its own
+        found = widen(part.view(torch.int8), torch.empty(len(part), dtype=torch.int16), torch.empty(len(part)))
+        assert torch.equal(found.nan_to_num(1e9), part.view(FP8).float().nan_to_num(1e9))
+    numbers = torch.tensor([1e9, -1e9, 449.0, math.inf, 1.0625, 1.1875, math.nan])
+    assert str(reference.to_fp8(numbers * 4, 4.0).tolist()) == "[448.0, -448.0, 448.0, 448.0, 1.0, 1.25, nan]"
 
 
 def test_entering_a_block_zeroes_what_its_last_owner_left():
@@ -182,11 +206,15 @@ def test_block_copies_reach_every_layer_and_read_before_any_is_written():
     assert cache.data[:, :, :, 0, 0, 0].tolist() == [[[0, 2, 1, 1, 4]] * 2] * 3
 
 
-def fitting(spec=SPEC, max_num_requests=4, max_model_len=65, **cache) -> int:
-    scheduler = SchedulerConfig(max_num_requests=max_num_requests)
-    dtype = torch.float32
+def fitting(spec=SPEC, max_num_requests=4, max_model_len=65, cache_dtype=torch.float32, **cache) -> int:
     return num_blocks_that_fit(
-        spec, CacheConfig(block_size=16, **cache), scheduler, max_model_len=max_model_len, dtype=dtype, device=CPU
+        spec,
+        CacheConfig(block_size=16, **cache),
+        SchedulerConfig(max_num_requests=max_num_requests),
+        max_model_len=max_model_len,
+        dtype=torch.float32,
+        cache_dtype=cache_dtype,
+        device=CPU,
     )
 
 
@@ -195,6 +223,7 @@ def test_the_cache_is_as_large_as_asked_and_never_larger_than_useful():
     assert per_block == 3 * 2 * 8 * 16 * 4
     assert fitting(num_blocks=3) == 3
     assert fitting(memory=11 * per_block) == 10  # the null block counts
+    assert fitting(memory=11 * per_block, cache_dtype=FP8, max_num_requests=64) == 43
     assert fitting() == 2 * 4 * 4
     gpt2 = ModelSpec()
     large = fitting(gpt2, max_num_requests=256, max_model_len=1025)

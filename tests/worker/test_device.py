@@ -3,10 +3,10 @@
 import pytest
 import torch
 from octavo.checkpoint import ModelSpec
-from octavo.config import ModelConfig
+from octavo.config import CacheConfig, ModelConfig
 from octavo.errors import StartupError
 from octavo.worker import device
-from octavo.worker.device import choose_dtype, choose_load_dtype, uses_dependent_launch
+from octavo.worker.device import choose_cache_dtype, choose_dtype, choose_load_dtype, uses_dependent_launch
 from octavo.worker.gpt2 import GPT2
 from octavo.worker.weights import expected_shapes
 from octavo_kernels.cpu import linear
@@ -61,6 +61,13 @@ def test_a_gpu_takes_a_checkpoint_as_it_is_stored():
     gpu = torch.device("cuda")
     dtype = choose_dtype(config, spec, gpu)
     assert (dtype, choose_load_dtype(config, spec, gpu, dtype)) == (FP16, FP16)
+
+
+def test_the_cache_has_the_dtype_of_the_model_or_fp8():
+    assert choose_cache_dtype(CacheConfig(), BF16) == BF16
+    assert choose_cache_dtype(CacheConfig(kv_cache_dtype="fp8"), BF16) == torch.float8_e4m3fn
+    with pytest.raises(StartupError, match="kv_cache_dtype 'int4': must be auto or fp8"):
+        choose_cache_dtype(CacheConfig(kv_cache_dtype="int4"), BF16)
 
 
 @pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="fp16 products are fbgemm's")

@@ -10,10 +10,12 @@ from octavo.worker.gpt2 import GPT2
 from octavo.worker.gpt2_triton import DeviceBatch, TritonGPT2
 from octavo.worker.kv_cache import KVCache
 from octavo.worker.weights import expected_shapes
+from octavo_kernels.checks import FP8
 from octavo_kernels.paged_attention import prefill_tiles
 from worker.paged import make_batch
 
 BLOCK_SIZE = 16
+CPU = torch.device("cpu")
 SPEC = ModelSpec(n_embd=64, n_layer=2, n_head=2, vocab_size=301, n_positions=96)
 VARIANTS = {
     "plain": SPEC,
@@ -80,6 +82,34 @@ def test_prefill_chunks_and_decode_rows_give_the_logits_of_the_cpu_path(spec: Mo
         found = model.logits(model.forward(moved, cache))
         assert found.shape[1] == 320
         torch.testing.assert_close(found[:, : spec.vocab_size].cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_fp8_cache_gives_the_logits_of_the_cpu_path():
+    """One layer: what is rounded to three bits in one is not to be multiplied in the next. Keys and values are far from
+    1 unless they are scaled."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = ModelSpec(n_embd=64, n_layer=1, n_head=2, vocab_size=64, n_positions=64)
+    weights = random_weights(spec)
+    for part, factor in ((slice(64, 128), 8.0), (slice(128, 192), 2.0**-8)):
+        weights["h.0.attn.c_attn.weight"][:, part] *= factor
+        weights["h.0.attn.c_attn.bias"][part] *= factor
+    weights["h.0.attn.c_proj.weight"] *= 2.0**8
+    expected_model = GPT2(spec, dict(weights), device=CPU, dtype=torch.float32, cache_dtype=FP8)
+    model = TritonGPT2(spec, dict(weights), device=device, dtype=torch.float32, cache_dtype=FP8)
+    unscaled = GPT2(spec, dict(weights), device=CPU, dtype=torch.float32)
+    model.reserve(4)
+    caches = [KVCache(spec, 8, BLOCK_SIZE, dtype=dtype, device=where) for dtype, where in ((FP8, CPU), (FP8, device))]
+    exact = KVCache(spec, 8, BLOCK_SIZE, dtype=torch.float32, device=CPU)
+    tokens = torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(1))
+    tables = [np.array([3, 1, 4], np.int32), np.array([6, 5, 2], np.int32)]
+    for step in ([(0, 0, 20)], [(0, 20, 21), (1, 0, 17)], [(1, 17, 18), (0, 21, 33)]):
+        rows = [(tokens[start:end], start, tables[i]) for i, start, end in step]
+        batch = make_batch(rows, BLOCK_SIZE)
+        expected = expected_model.logits(expected_model.forward(batch, caches[0]))
+        found = model.logits(model.forward(on_kernels(make_batch(rows, BLOCK_SIZE, device)), caches[1])).cpu()
+        truth = unscaled.logits(unscaled.forward(batch, exact))
+        assert (found - expected).abs().mean() < 1e-3, "a number between two of fp8 may go either way"
+        assert (expected - truth).abs().mean() < 0.05 * truth.std()
 
 
 def test_batch_invariant_logits_have_the_same_bits_alone_and_among_others():

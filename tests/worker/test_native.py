@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from octavo_kernels import reference
 from octavo_kernels.activations import ACTIVATIONS
+from octavo_kernels.checks import FP8
 from octavo_kernels.cpu import linear, native, native_attention
 from octavo_kernels.cpu.linear import LinearKind, NativeLinear, OnednnLinear
 from octavo_kernels.cpu.native_attention import NativeAttention
@@ -119,6 +122,50 @@ def test_what_is_outside_of_the_cache_is_refused(slot: int, block: int) -> None:
     kernel, loc, lens = NativeAttention(2, 16, 16, torch.float32), np.array([0, 1], np.int32), np.array([1], np.int32)
     with pytest.raises(IndexError, match="is not in the cache"):
         kernel.plan(2, np.array([slot]), loc, lens, np.array([[block]], np.int32), 1)
+
+
+@needs_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+@pytest.mark.parametrize("machine", ["x86-64-v2", "x86-64-v3"])
+def test_narrower_processors_compute_the_same(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forms of the code for processors without AVX-512 (and, v2, without AVX2 and fp16 conversions)."""
+    rng = np.random.default_rng(0)
+    qkv, tables = torch.randn(2, 3 * 40), rng.permutation(np.arange(1, 5)).reshape(2, 2).astype(np.int32)
+    lens, loc = np.array([5, 29], np.int32), np.arange(3, dtype=np.int32)
+    slots = tables[np.arange(2), (lens - 1) // 16].astype(np.int64) * 16 + (lens - 1) % 16
+
+    def attended(dtype: torch.dtype) -> torch.Tensor:
+        torch.manual_seed(0)
+        kernel, cache = NativeAttention(1, 40, 16, dtype), torch.randn(2, 5, 1, 16, 40).to(dtype)
+        plan = kernel.plan(5, slots, loc, lens, tables, 2)
+        kernel.write(plan, qkv, cache)
+        return kernel.attend(plan, qkv, cache, 0.3)
+
+    expected = [attended(dtype) for dtype in native.TYPES]
+    narrower = ["-O3", f"-march={machine}", *(flag for flag in native.FLAGS if not flag.startswith(("-O", "-march")))]
+    monkeypatch.setattr(native, "FLAGS", narrower)
+    library = native._load(native.build(tmp_path))
+    monkeypatch.setattr(native, "loaded", lambda: library)
+    for dtype, before in zip(native.TYPES, expected, strict=True):
+        torch.testing.assert_close(attended(dtype), before, rtol=1e-5, atol=1e-6, msg=str(dtype))
+    test_every_fp8_number_is_read_exactly_and_the_nearest_is_written()
+
+
+@needs_kernels
+def test_every_fp8_number_is_read_exactly_and_the_nearest_is_written() -> None:
+    """Through a cache of one token a block: what is written comes back as the only value attended to."""
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+    between = torch.linspace(-500, 500, 2049)
+    tiny = torch.linspace(-0.02, 0.02, 2049)
+    numbers = torch.cat([codes[~codes.isnan()], between, tiny, torch.tensor([1e-30, -1e9, 1e9])])
+    values = torch.nn.functional.pad(numbers, (0, -len(numbers) % 16)).view(-1, 16)
+    kernel, cache = NativeAttention(1, 16, 16, FP8), torch.zeros(2, len(values) + 1, 1, 16, 16).to(FP8)
+    qkv = torch.cat([torch.zeros(len(values), 32), values], 1)
+    blocks = np.arange(1, len(values) + 1)
+    loc, lens = np.arange(len(values) + 1, dtype=np.int32), np.ones(len(values), np.int32)
+    plan = kernel.plan(len(values) + 1, blocks * 16, loc, lens, blocks[:, None].astype(np.int32), len(values))
+    kernel.write(plan, qkv, cache)
+    assert torch.equal(kernel.attend(plan, qkv, cache, 1.0), reference.to_fp8(values, 1.0).float())
 
 
 def test_heads_beyond_the_kernel_s_registers_are_torch_s() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from octavo.checkpoint import ModelSpec
 from octavo.worker.input_batch import InputBatch
 from octavo.worker.kv_cache import KVCache
+from octavo.worker.kv_scales import KVScales
 
 
 class Attention(Protocol):
@@ -24,7 +25,7 @@ class Attention(Protocol):
     def plan(self, batch: InputBatch, kv_cache: KVCache) -> Any:
         """Whatever `run` needs to know about the batch and can share among layers."""
 
-    def run(self, plan: Any, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
+    def run(self, plan: Any, qkv: Tensor, layer_cache: Tensor, scale: float, kv_scales: KVScales) -> Tensor:
         """Writes the step's keys and values to the cache, then attends. qkv: [T, 3 * E]; returns [T, E]."""
 
 
@@ -58,10 +59,11 @@ class CpuAttention:
         kind = NativeAttention if native else PagedAttention
         return kind(spec.n_head, spec.head_size, kv_cache.block_size, kv_cache.dtype)
 
-    def run(self, plan: Any, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
+    def run(self, plan: Any, qkv: Tensor, layer_cache: Tensor, scale: float, kv_scales: KVScales) -> Tensor:
         assert self._kernel is not None
-        self._kernel.write(plan, qkv, layer_cache)
-        return self._kernel.attend(plan, qkv, layer_cache, scale)
+        k_scale, v_scale = kv_scales.key, kv_scales.value
+        self._kernel.write(plan, qkv, layer_cache, k_scale=k_scale, v_scale=v_scale)
+        return self._kernel.attend(plan, qkv, layer_cache, scale, k_scale=k_scale, v_scale=v_scale)
 
 
 class TorchAttention:
@@ -76,10 +78,16 @@ class TorchAttention:
         return batch, batch.query_start_loc_np.tolist(), batch.seq_lens_np.tolist()
 
     def run(
-        self, plan: tuple[InputBatch, list[int], list[int]], qkv: Tensor, layer_cache: Tensor, scale: float
+        self,
+        plan: tuple[InputBatch, list[int], list[int]],
+        qkv: Tensor,
+        layer_cache: Tensor,
+        scale: float,
+        kv_scales: KVScales,
     ) -> Tensor:
         batch, query_start_loc, seq_lens = plan
-        reference.kv_write(qkv, layer_cache, batch.slot_mapping)
+        k_scale, v_scale = kv_scales.key, kv_scales.value
+        reference.kv_write(qkv, layer_cache, batch.slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return reference.paged_attention(
             qkv,
             layer_cache,
@@ -89,6 +97,8 @@ class TorchAttention:
             seq_lens,
             batch.num_decode_rows,
             scale=scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
             upcast=self._upcast,
         )
 

@@ -7,10 +7,11 @@ import sys
 
 import msgspec
 import torch
+from octavo_kernels.checks import FP8
 from octavo_kernels.cpu.linear import LinearKind, choose_kind
 
 from octavo.checkpoint import ModelSpec
-from octavo.config import EngineConfig, ModelConfig
+from octavo.config import CacheConfig, EngineConfig, ModelConfig
 from octavo.errors import StartupError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,7 +61,7 @@ def uses_dependent_launch(config: ModelConfig, device: torch.device) -> bool:
 
 
 def choose_dtype(config: ModelConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """The dtype of weights, activations and cache. Raises StartupError (USAGE)."""
+    """The dtype of weights and activations. Raises StartupError (USAGE)."""
     name = config.dtype
     if config.device == "interpreter":
         if name not in ("auto", "float32"):
@@ -74,6 +75,13 @@ def choose_dtype(config: ModelConfig, spec: ModelSpec, device: torch.device) -> 
     if name == "float16" and device.type == "cpu":
         raise StartupError(StartupError.USAGE, "dtype float16: not on the CPU; bfloat16 is as small, and fast there")
     return DTYPES[name]
+
+
+def choose_cache_dtype(config: CacheConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of keys and values in the cache of a model of `dtype`. Raises StartupError (USAGE)."""
+    if config.kv_cache_dtype not in ("auto", "fp8"):
+        raise StartupError(StartupError.USAGE, f"kv_cache_dtype {config.kv_cache_dtype!r}: must be auto or fp8")
+    return FP8 if config.kv_cache_dtype == "fp8" else dtype
 
 
 def choose_load_dtype(config: ModelConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> torch.dtype:

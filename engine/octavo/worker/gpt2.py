@@ -22,6 +22,7 @@ from octavo.errors import StartupError
 from octavo.worker.attention import attention_for
 from octavo.worker.input_batch import InputBatch
 from octavo.worker.kv_cache import KVCache
+from octavo.worker.kv_scales import KVScales, kv_scales
 
 
 class WeightSource(Protocol):
@@ -57,6 +58,7 @@ class Block:
     mlp_proj: Linear
     """n_inner -> E, adds the residual."""
     attn_scale: float
+    kv_scales: KVScales
 
 
 class GPT2:
@@ -70,9 +72,11 @@ class GPT2:
         device: torch.device,
         dtype: torch.dtype,
         quantization: str | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         """Takes every tensor out of `weights` (names without "transformer.", linears [in, out] as in the checkpoint;
-        no "lm_head.weight" when it is tied), in `dtype`, on any device.
+        no "lm_head.weight" when it is tied), in `dtype`, on any device. cache_dtype: of the caches it is to work on;
+        None: `dtype`.
 
         Raises StartupError for an activation function that needs weights of its own or that nobody knows, and for
         quantization anywhere but on the CPU.
@@ -85,7 +89,8 @@ class GPT2:
         self.dtype = dtype
         self.linear_kind = cpu_linear.choose_kind(dtype, quantization) if device.type == "cpu" else LinearKind.PLAIN
         self.hidden_dtype = cpu_linear.activation_dtype(self.linear_kind, dtype)
-        """Type of the residual stream and of the logits; the cache has `dtype`."""
+        """Type of the residual stream and of the logits."""
+        self._cache_dtype = cache_dtype or dtype
         self.attention = attention_for(spec, device)
         self._wte = weights.pop("wte.weight").to(device)  # [vocab_size, E]
         self._wpe = weights.pop("wpe.weight").to(device, self.hidden_dtype)  # [n_positions, E]
@@ -103,9 +108,12 @@ class GPT2:
 
     def _block(self, weights: WeightSource, layer: int) -> Block:
         spec, name = self.spec, f"h.{layer}"
+        ln_1 = self._norm(weights, f"{name}.ln_1")
+        weight, bias = weights.pop(f"{name}.attn.c_attn.weight").t(), weights.pop(f"{name}.attn.c_attn.bias")
         return Block(
-            ln_1=self._norm(weights, f"{name}.ln_1"),
-            c_attn=self._linear(weights, f"{name}.attn.c_attn"),
+            ln_1=ln_1,
+            kv_scales=kv_scales(self._cache_dtype, ln_1.weight, ln_1.bias, weight, bias),
+            c_attn=self._pack(weight, bias, None),
             attn_proj=self._linear(weights, f"{name}.attn.c_proj"),
             ln_2=self._norm(weights, f"{name}.ln_2"),
             c_fc=self._linear(weights, f"{name}.mlp.c_fc", spec.activation_function),
@@ -139,7 +147,7 @@ class GPT2:
         plan = self.attention.plan(batch, kv_cache)
         for block, layer_cache in zip(self._blocks, kv_cache.data, strict=True):
             qkv = block.c_attn(block.ln_1(hidden))
-            attended = self.attention.run(plan, qkv, layer_cache, block.attn_scale)
+            attended = self.attention.run(plan, qkv, layer_cache, block.attn_scale, block.kv_scales)
             hidden = block.attn_proj(attended, hidden)
             hidden = block.mlp_proj(block.c_fc(block.ln_2(hidden)), hidden)
             self.num_layers_computed += 1

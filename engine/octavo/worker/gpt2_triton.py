@@ -20,6 +20,7 @@ from torch import Tensor
 from octavo.checkpoint import ModelSpec
 from octavo.worker.gpt2 import WeightSource, attention_scale, check_activation
 from octavo.worker.kv_cache import KVCache
+from octavo.worker.kv_scales import KVScales, kv_scales
 
 COLUMN_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, so that rows of logits are read 16 bytes at a time."""
@@ -44,6 +45,7 @@ class Block:
     c_fc: Affine
     mlp_proj: Affine
     attn_scale: float
+    kv_scales: KVScales
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class TritonGPT2:
         dtype: torch.dtype,
         batch_invariant: bool = False,
         dependent_launch: bool = False,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         """As `gpt2.GPT2`. batch_invariant: a row's logits have the same bits whatever the other rows are.
         dependent_launch: of all of a step's kernels, see `octavo_kernels.dependent_launch`."""
@@ -92,6 +95,7 @@ class TritonGPT2:
         self.spec = spec
         self.device = device
         self.dtype = dtype
+        self._cache_dtype = cache_dtype or dtype
         self.num_layers_computed = 0
         """Launched since the start: tells a slow step from one that hangs."""
         self._wte = self._padded(weights.pop("wte.weight"))
@@ -134,7 +138,7 @@ class TritonGPT2:
         next_norms = [block.ln_1 for block in self._blocks[1:]] + [self._ln_f]
         for block, layer_cache, next_norm in zip(self._blocks, kv_cache.data, next_norms, strict=True):
             qkv = self._linear(normed, block.c_attn.weight, block.c_attn.bias)
-            attended = self._attend(batch, qkv, layer_cache, block.attn_scale)
+            attended = self._attend(batch, qkv, layer_cache, block)
             delta = self._linear(attended, block.attn_proj.weight, block.attn_proj.bias)
             self._add_layer_norm(hidden, delta, block.ln_2.weight, block.ln_2.bias, eps, normed)
             inner = self._linear(normed, block.c_fc.weight, block.c_fc.bias, activation=self.spec.activation_function)
@@ -148,13 +152,21 @@ class TritonGPT2:
         """hidden: [rows, E] after ln_f. Returns [rows, num_columns]; columns past vocab_size do not count."""
         return self._linear(hidden, self._lm_head, None)
 
-    def _attend(self, batch: DeviceBatch, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
+    def _attend(self, batch: DeviceBatch, qkv: Tensor, layer_cache: Tensor, block: Block) -> Tensor:
         assert self._workspace is not None, "reserve was not called"
         out = torch.empty(qkv.shape[0], self.spec.n_embd, dtype=qkv.dtype, device=qkv.device)
         decodes, upcast = batch.num_decode_rows, self.spec.reorder_and_upcast_attn
+        scale, k_scale, v_scale = block.attn_scale, block.kv_scales.key, block.kv_scales.value
         if batch.tile_rows is not None and batch.tile_starts is not None:
             prompts, slots = qkv[decodes:], batch.slot_mapping[decodes:]
-            kv_write(prompts, layer_cache, slots, dependent_launch=self.dependent_launch)
+            kv_write(
+                prompts,
+                layer_cache,
+                slots,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                dependent_launch=self.dependent_launch,
+            )
             prefill_attention(
                 qkv,
                 layer_cache,
@@ -165,6 +177,8 @@ class TritonGPT2:
                 batch.tile_starts,
                 out,
                 scale=scale,
+                k_scale=k_scale,
+                v_scale=v_scale,
                 upcast=upcast,
                 dependent_launch=self.dependent_launch,
             )
@@ -177,6 +191,8 @@ class TritonGPT2:
                 out[:decodes],
                 self._workspace,
                 scale=scale,
+                k_scale=k_scale,
+                v_scale=v_scale,
                 upcast=upcast,
                 dependent_launch=self.dependent_launch,
             )
@@ -184,9 +200,11 @@ class TritonGPT2:
 
     def _block(self, weights: WeightSource, layer: int) -> Block:
         spec, name = self.spec, f"h.{layer}"
+        ln_1, c_attn = self._affine(weights, f"{name}.ln_1"), self._affine(weights, f"{name}.attn.c_attn")
         return Block(
-            ln_1=self._affine(weights, f"{name}.ln_1"),
-            c_attn=self._affine(weights, f"{name}.attn.c_attn"),
+            ln_1=ln_1,
+            c_attn=c_attn,
+            kv_scales=kv_scales(self._cache_dtype, ln_1.weight, ln_1.bias, c_attn.weight, c_attn.bias),
             attn_proj=self._affine(weights, f"{name}.attn.c_proj"),
             ln_2=self._affine(weights, f"{name}.ln_2"),
             c_fc=self._affine(weights, f"{name}.mlp.c_fc"),

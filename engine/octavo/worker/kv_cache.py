@@ -64,16 +64,17 @@ def num_blocks_that_fit(
     *,
     max_model_len: int,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Usable blocks of the cache, from the configuration and, on CUDA, the memory that is free now.
+    """Usable blocks of the cache, from the configuration and, on CUDA, the memory that is free now. dtype: the model's.
 
     Call it after the weights are loaded. Raises StartupError when not even one sequence of full length fits; an
     explicit `cache.num_blocks` is taken as it is.
     """
     if cache.num_blocks:
         return cache.num_blocks
-    per_block = KVCache.bytes_per_block(spec, cache.block_size, dtype)
+    per_block = KVCache.bytes_per_block(spec, cache.block_size, cache_dtype)
     per_sequence = -(-(max_model_len - 1) // cache.block_size)  # nobody attends to the last token
     memory = cache.memory
     if not memory:

@@ -16,6 +16,7 @@ from octavo.config import EngineConfig
 from octavo.errors import StartupError
 from octavo.types import EngineInfo
 from octavo.worker.device import (
+    choose_cache_dtype,
     choose_device,
     choose_dtype,
     choose_load_dtype,
@@ -95,31 +96,38 @@ def load_model(config: EngineConfig, progress: Callable[[str], None]) -> LoadedM
     device = choose_device(config.model.device)
     config = resolve_budget(config, device)
     dtype = choose_dtype(config.model, spec, device)
+    cache_dtype = choose_cache_dtype(config.cache, dtype)
     progress(f"device: {describe_device(device, config.model.device)}, dtype {_name(dtype)}")
     if config.model.num_threads:
         torch.set_num_threads(config.model.num_threads)
     if device.type == "cpu":  # what cannot work is said before the weights are read; a GPU's memory is known after
-        _num_blocks(config, spec, device, dtype)
+        _num_blocks(config, spec, device, dtype, cache_dtype)
     load_dtype = choose_load_dtype(config.model, spec, device, dtype)
     weights = load_weights(path, spec, device=device, dtype=load_dtype, progress=progress)
-    model = _make_model(config, spec, FrugalWeights(weights.tensors), device, dtype)
+    model = _make_model(config, spec, FrugalWeights(weights.tensors), device, dtype, cache_dtype)
     give_back_heap()
-    num_blocks = _num_blocks(config, spec, device, dtype)
-    kv_cache = KVCache(spec, num_blocks, config.cache.block_size, dtype=dtype, device=device)
-    progress(f"KV-cache: {num_blocks} blocks of {config.cache.block_size} tokens")
+    num_blocks = _num_blocks(config, spec, device, dtype, cache_dtype)
+    kv_cache = KVCache(spec, num_blocks, config.cache.block_size, dtype=cache_dtype, device=device)
+    progress(f"KV-cache: {num_blocks} blocks of {config.cache.block_size} tokens, {_name(cache_dtype)}")
     loaded = LoadedModel(config, spec, device, dtype, model, kv_cache, weights.sha256, weights.num_parameters)
     weights.tensors.close()
     return loaded
 
 
 def _make_model(
-    config: EngineConfig, spec: ModelSpec, weights: FrugalWeights, device: torch.device, dtype: torch.dtype
+    config: EngineConfig,
+    spec: ModelSpec,
+    weights: FrugalWeights,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
 ) -> Model:
     dependent_launch = uses_dependent_launch(config.model, device)
     if not uses_kernels(config.model.device, device):
         if config.model.batch_invariant:
             raise StartupError(StartupError.USAGE, "batch-invariant works on the kernels only, not with --device cpu")
-        return GPT2(spec, weights, device=device, dtype=dtype, quantization=config.model.quantization)
+        quantization = config.model.quantization
+        return GPT2(spec, weights, device=device, dtype=dtype, quantization=quantization, cache_dtype=cache_dtype)
     if config.model.quantization is not None:
         raise StartupError(
             StartupError.USAGE, f"quantization {config.model.quantization!r} works on the CPU only (--device cpu)"
@@ -133,6 +141,7 @@ def _make_model(
         dtype=dtype,
         batch_invariant=config.model.batch_invariant,
         dependent_launch=dependent_launch,
+        cache_dtype=cache_dtype,
     )
 
 
@@ -144,7 +153,9 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     return asked
 
 
-def _num_blocks(config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> int:
+def _num_blocks(
+    config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> int:
     """Usable blocks of the cache. Raises StartupError for sizes that cannot work."""
     block_size = config.cache.block_size
     if block_size not in (16, 32, 64):
@@ -155,6 +166,7 @@ def _num_blocks(config: EngineConfig, spec: ModelSpec, device: torch.device, dty
         config.scheduler,
         max_model_len=_max_model_len(config, spec),
         dtype=dtype,
+        cache_dtype=cache_dtype,
         device=device,
     )
 

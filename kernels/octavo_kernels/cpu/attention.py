@@ -11,10 +11,14 @@ What was tried, ms per step of gpt2-small (12 layers, fp32 cache, blocks of 32, 
 
 What counts is that gathered keys and values are still in the processor's cache when they are read: the workspace has
 room for about a thousand tokens and is used over and over. Gathering from a bf16 cache, widened on the way, costs the
-same time and half the memory. A few rows at a time also needs no dense pool and no unshared blocks.
+same time and half the memory; from an fp8 cache, see `fp8.py`. A few rows at a time also needs no dense pool and no
+unshared blocks.
 
 A plan is made once per step and used by every layer. Slots past the end of a sequence are masked in the scores; their
 values must be finite, since 0 * NaN is NaN: `write` zeroes the rest of each block it enters.
+
+A chunk's own keys and values are not read from the cache. They are rounded as there if it is fp8, whose three bits are
+too few for a token to depend on how its prompt was cut.
 """
 
 from __future__ import annotations
@@ -27,6 +31,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from octavo_kernels.checks import FP8
+from octavo_kernels.cpu.fp8 import widen
+from octavo_kernels.reference import to_fp8
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -87,7 +95,11 @@ class PagedAttention:
         self.cache_dtype = cache_dtype
         token_bytes = 2 * num_heads * head_size * 4
         self.blocks_per_group = max(1, WORKSPACE_BYTES // (token_bytes * block_size))
-        self._gathered = torch.empty(0, block_size * head_size, dtype=cache_dtype)
+        self._fp8 = cache_dtype == FP8
+        self._bits = torch.int8 if self._fp8 else cache_dtype
+        """The cache's type, as far as copying goes: torch copies few fp8 numbers, and slowly."""
+        self._gathered = torch.empty(0, block_size * head_size, dtype=self._bits)
+        self._scratch = torch.empty(0, block_size * head_size, dtype=torch.int16)
         self._widened = torch.empty(0, block_size * head_size)
 
     def plan(
@@ -179,22 +191,52 @@ class PagedAttention:
         keys = tables[:, None, :].astype(np.int64) * self.num_heads + head  # [G, H, B]
         return torch.from_numpy(np.stack([keys, keys + num_blocks * self.num_heads]).reshape(-1))
 
-    def write(self, plan: AttentionPlan, qkv: Tensor, layer_cache: Tensor) -> None:
+    def write(
+        self, plan: AttentionPlan, qkv: Tensor, layer_cache: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0
+    ) -> None:
         """`reference.kv_write`, which also zeroes the rest of a block that it enters. qkv: [T, 3 * E] contiguous."""
+        layer_cache = layer_cache.view(self._bits)
         if plan.entered_blocks is not None:
             layer_cache.index_fill_(1, plan.entered_blocks, 0)
-        width = self.num_heads * self.head_size
-        lines = qkv[:, width:].to(self.cache_dtype).reshape(-1, self.head_size)
+        lines = self._stored(qkv, k_scale, v_scale).reshape(-1, self.head_size)
         layer_cache.view(-1, self.head_size).index_copy_(0, plan.write_index, lines)
 
-    def attend(self, plan: AttentionPlan, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
+    def _stored(self, qkv: Tensor, k_scale: float, v_scale: float) -> Tensor:
+        """Keys and values as the cache has them: [T, 2 * E], as `_bits`."""
+        width = self.num_heads * self.head_size
+        if not self._fp8:
+            return qkv[:, width:].to(self.cache_dtype)
+        keys, values = qkv[:, width:].split(width, 1)
+        return torch.cat([to_fp8(keys, k_scale), to_fp8(values, v_scale)], 1).view(self._bits)
+
+    def attend(
+        self,
+        plan: AttentionPlan,
+        qkv: Tensor,
+        layer_cache: Tensor,
+        scale: float,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> Tensor:
         """`reference.paged_attention`, after `write`. Any float type; everything inside is fp32."""
         output = qkv.new_empty(len(qkv), self.num_heads * self.head_size)
+        scale *= k_scale  # keys and values stay as stored
         for group in plan.decode_groups:
             self._decode(group, qkv, layer_cache, scale, output)
         for row in plan.prefill_rows:
-            self.prefill(row, qkv, layer_cache, scale, output)
-        return output
+            lines = self.as_stored(qkv[row.start : row.end], k_scale, v_scale)
+            self.prefill(row, lines, layer_cache, scale, output[row.start : row.end])
+        return output if v_scale == 1 else output.mul_(v_scale)
+
+    def as_stored(self, qkv: Tensor, k_scale: float, v_scale: float) -> Tensor:
+        """fp32 [T, 3 * E] with keys and values as the cache has them, still divided by their scales."""
+        if not self._fp8:
+            return qkv.float()
+        width = self.num_heads * self.head_size
+        stored = self._stored(qkv, k_scale, v_scale)
+        rounded = widen(stored, torch.empty_like(stored, dtype=torch.int16), torch.empty(stored.shape))
+        return torch.cat([qkv[:, :width].float(), rounded], 1)
 
     def _decode(self, group: DecodeGroup, qkv: Tensor, layer_cache: Tensor, scale: float, output: Tensor) -> None:
         keys, values = self._gather(layer_cache, group.cache_index, group.num_rows)
@@ -208,27 +250,35 @@ class PagedAttention:
         else:
             output.index_copy_(0, group.rows, attended.to(output.dtype))
 
-    def prefill(self, row: PrefillRow, qkv: Tensor, layer_cache: Tensor, scale: float, output: Tensor) -> None:
-        """Attention within the chunk and over the context before it, merged by the logs of their sums. Writes the
-        chunk's lines of `output`, [T, E]."""
-        lines = qkv[row.start : row.end].float().view(-1, 3, self.num_heads, self.head_size)
+    def prefill(self, row: PrefillRow, lines: Tensor, layer_cache: Tensor, scale: float, output: Tensor) -> None:
+        """Attention within the chunk and over the context before it, merged by the logs of their sums. lines: the
+        chunk's [T, 3 * E] of `as_stored`; output: [T, E]."""
+        lines = lines.view(-1, 3, self.num_heads, self.head_size)
         query, key, value = lines.permute(1, 2, 0, 3).unsqueeze(1)  # [1, H, T, D] each
         attended, log_sum = flash_attention(query, key, value, 0.0, True, scale=scale)
         if row.cache_index is not None:
             keys, values = self._gather(layer_cache, row.cache_index, 1)[:, :, :, : row.num_context]
             before, log_sum_before = flash_attention(query, keys, values, 0.0, False, scale=scale)
             attended = torch.lerp(attended, before, torch.sigmoid(log_sum_before - log_sum).unsqueeze(3))
-        output[row.start : row.end] = attended.squeeze(0).transpose(0, 1).flatten(1)
+        output.copy_(attended.squeeze(0).transpose(0, 1).flatten(1))
 
     def _gather(self, layer_cache: Tensor, cache_index: Tensor, num_rows: int) -> Tensor:
         """Keys and values in the workspace, fp32 [2, num_rows, H, B * S, D]; valid until the next call."""
         size = len(cache_index)
         if size > len(self._gathered):
             self._gathered = self._gathered.new_empty(size, self.block_size * self.head_size)
-        pieces = layer_cache.view(-1, self.block_size * self.head_size)
+        pieces = layer_cache.view(self._bits).view(-1, self.block_size * self.head_size)
         gathered = torch.index_select(pieces, 0, cache_index, out=self._gathered[:size])
         if self.cache_dtype != torch.float32:
-            if size > len(self._widened):
-                self._widened = self._widened.new_empty(size, self.block_size * self.head_size)
-            gathered = self._widened[:size].copy_(gathered)
+            gathered = self._widen(gathered, size)
         return gathered.view(2, num_rows, self.num_heads, -1, self.head_size)
+
+    def _widen(self, gathered: Tensor, size: int) -> Tensor:
+        """Pieces in fp32, in the workspace."""
+        if size > len(self._widened):
+            self._widened = self._widened.new_empty(size, self.block_size * self.head_size)
+        if not self._fp8:
+            return self._widened[:size].copy_(gathered)
+        if size > len(self._scratch):
+            self._scratch = self._scratch.new_empty(size, self.block_size * self.head_size)
+        return widen(gathered, self._scratch[:size], self._widened[:size])

@@ -108,7 +108,9 @@ class NativeAttention:
             self._scores = torch.empty(threads, max(2 * self._scores.shape[1], width))
         return self._scores
 
-    def write(self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor) -> None:
+    def write(
+        self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0
+    ) -> None:
         """`reference.kv_write`. qkv: [T, 3 * E] contiguous."""
         assert qkv.is_contiguous() and layer_cache.is_contiguous()
         native.loaded().octavo_write(
@@ -122,19 +124,36 @@ class NativeAttention:
             self.head_size,
             plan.slot_mapping.ctypes.data,
             len(plan.slot_mapping),
+            k_scale,
+            v_scale,
             torch.get_num_threads(),
         )
 
-    def attend(self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        plan: NativePlan,
+        qkv: Tensor,
+        layer_cache: Tensor,
+        scale: float,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> Tensor:
         """`reference.paged_attention`, after `write`. Any float type; everything inside is fp32."""
         output = qkv.new_empty(len(qkv), self.num_heads * self.head_size)
         if len(plan.tokens):
-            self._attend_singly(plan, qkv, layer_cache, scale, output)
+            self._attend_singly(plan, qkv, layer_cache, scale * k_scale, v_scale, output)
         for row in plan.prefill_rows:
-            self._flash.prefill(row, qkv, layer_cache, scale, output)
+            lines = self._flash.as_stored(qkv[row.start : row.end], k_scale, v_scale)
+            own = output[row.start : row.end]
+            self._flash.prefill(row, lines, layer_cache, scale * k_scale, own)
+            if v_scale != 1:
+                own.mul_(v_scale)
         return output
 
-    def _attend_singly(self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor, scale: float, output: Tensor) -> None:
+    def _attend_singly(
+        self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor, scale: float, v_scale: float, output: Tensor
+    ) -> None:
         native.loaded().octavo_attend(
             output.data_ptr(),
             qkv.data_ptr(),
@@ -152,6 +171,7 @@ class NativeAttention:
             plan.tables.ctypes.data,
             plan.tables.shape[1],
             scale,
+            v_scale,
             plan.scores.data_ptr(),
             plan.scores.shape[1],
             min(torch.get_num_threads(), plan.scores.shape[0]),

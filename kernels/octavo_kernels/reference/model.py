@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo_kernels.activations import ACTIVATIONS
+from octavo_kernels.checks import FP8
 
 ATTENTION_WORKSPACE: Final = 256 << 20
 """Bytes that decode rows of one call of `paged_attention` may take beside its arguments and result."""
+FP8_MAX: Final = 448.0
 
 
 def embed(input_ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,17 +64,26 @@ def linear(
     return y if residual is None else y.add_(residual)
 
 
-def kv_write(qkv: Tensor, layer_cache: Tensor, slot_mapping: Tensor) -> None:
+def kv_write(
+    qkv: Tensor, layer_cache: Tensor, slot_mapping: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0
+) -> None:
     """Puts the tokens' keys and values into their slots.
 
     qkv: [T, 3 * E] contiguous: queries, keys, values. layer_cache: [2, N, H, S, D], written in place, converted to its
-    type. slot_mapping: int64 [T], block * S + slot; no slot twice.
+    type. slot_mapping: int64 [T], block * S + slot; no slot twice. An fp8 cache gets key / k_scale and value / v_scale,
+    limited to +-448, see `to_fp8`; other types take no scale.
     """
     _, _, num_heads, block_size, head_size = layer_cache.shape
     _, key, value = qkv.view(-1, 3, num_heads, head_size).unbind(1)
     block, slot = slot_mapping // block_size, slot_mapping % block_size
-    layer_cache[0][block, :, slot] = key.to(layer_cache.dtype)
-    layer_cache[1][block, :, slot] = value.to(layer_cache.dtype)
+    for half, numbers, factor in ((0, key, k_scale), (1, value, v_scale)):
+        stored = to_fp8(numbers, factor) if layer_cache.dtype == FP8 else numbers.to(layer_cache.dtype)
+        layer_cache[half][block, :, slot] = stored
+
+
+def to_fp8(x: Tensor, scale: float) -> Tensor:
+    """x / scale, in fp32, to the nearest e4m3 number, ties to even; limited to +-448. NaN stays NaN."""
+    return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def paged_attention(
@@ -85,6 +96,8 @@ def paged_attention(
     num_decode_rows: int,
     *,
     scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     upcast: bool = False,
     workspace: int = ATTENTION_WORKSPACE,
 ) -> Tensor:
@@ -95,9 +108,11 @@ def paged_attention(
     R + 1 host ints; row r has the tokens query_start_loc[r] .. query_start_loc[r + 1] - 1, the last of which is at
     position seq_lens[r] - 1 (host ints too: nothing is copied to the device here). Rows before
     num_decode_rows have one token. Slots past a row's end may hold anything, NaN too. `upcast`: queries and keys are
-    multiplied in fp32, else in qkv's type. Queries are scaled in fp32 first; softmax in fp32. `workspace`: as many
-    decode rows are computed together as fit these bytes. Returns [T, E] contiguous, qkv's type.
+    multiplied in fp32, else in qkv's type. Queries are scaled in fp32 first; softmax in fp32. k_scale, v_scale:
+    of an fp8 cache, as for `kv_write`; the first is applied to the queries, the second to the result. `workspace`: as
+    many decode rows are computed together as fit these bytes. Returns [T, E] contiguous, qkv's type.
     """
+    scale *= k_scale
     output = torch.empty(qkv.shape[0], qkv.shape[1] // 3, dtype=qkv.dtype, device=qkv.device)
     num_heads, block_size, head_size = layer_cache.shape[2:]
     itemsize = max(qkv.itemsize, layer_cache.itemsize, 4 if upcast else 0)
@@ -115,7 +130,7 @@ def paged_attention(
         output[tokens] = _attend(
             qkv[tokens].unsqueeze(0), layer_cache, table, positions[None, tokens], scale, upcast
         ).squeeze(0)
-    return output
+    return output if v_scale == 1 else output.mul_(v_scale)
 
 
 def attention_bytes(num_heads: int, head_size: int, num_queries: int, context: int, itemsize: int) -> int:

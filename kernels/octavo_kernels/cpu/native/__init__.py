@@ -23,11 +23,13 @@ from typing import Final
 
 import torch
 
+from octavo_kernels.checks import FP8
+
 FLAGS: Final = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 BUILD: Final = ["-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi"]
 TIMEOUT: Final = 120.0
 """Seconds for the compiler; it takes about 3."""
-TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8: 3}
 """`enum type` of floats.h."""
 ACTIVATIONS: Final = {None: 0, "gelu_tanh": 1}
 """`enum activation` of linear.c."""
@@ -35,8 +37,8 @@ SOURCES: Final = sorted(Path(__file__).parent.glob("*.[ch]"))
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 SIGNATURES: Final[dict[str, list[type]]] = {
-    "octavo_attend": [_P, _P, _I, _P, _I, _L, _I, _I, _I, _P, _P, _P, _I, _P, _L, _F, _P, _L, _I],
-    "octavo_write": [_P, _I, _P, _I, _L, _I, _I, _I, _P, _L, _I],
+    "octavo_attend": [_P, _P, _I, _P, _I, _L, _I, _I, _I, _P, _P, _P, _I, _P, _L, _F, _F, _P, _L, _I],
+    "octavo_write": [_P, _I, _P, _I, _L, _I, _I, _I, _P, _L, _F, _F, _I],
     "octavo_has_linear": [],
     "octavo_packed_size": [_L, _L],
     "octavo_pack": [_P, _P, _L, _L],

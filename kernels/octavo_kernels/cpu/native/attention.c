@@ -67,7 +67,7 @@ INLINE float soften(float *scores, int length) {
 #define MOST_VECTORS 16 /* heads of up to 256 */
 
 INLINE void attend(char *to, const char *from, int qkv_type, const struct cache *c, const int32_t *table, int length,
-                   int head, float scale, float *scores, int head_size, int type) {
+                   int head, float scale, float v_scale, float *scores, int head_size, int type) {
     vec query[MOST_VECTORS], output[MOST_VECTORS] = {{0}};
     int whole = head_size / LANES, rest = head_size % LANES, width = LANES * size_of(qkv_type);
     for (int v = 0; v < whole; v++) query[v] = load(from + v * width, qkv_type) * scale;
@@ -81,17 +81,18 @@ INLINE void attend(char *to, const char *from, int qkv_type, const struct cache 
         int count = length - at < c->block_size ? length - at : c->block_size;
         weigh(output, scores + at, piece(c, 1, table[b], head), count, head_size, type);
     }
-    for (int v = 0; v < whole; v++) store(to + v * width, output[v] / total, qkv_type);
-    if (rest) store_part(to + whole * width, output[whole] / total, rest, qkv_type);
+    for (int v = 0; v < whole; v++) store(to + v * width, output[v] / total * v_scale, qkv_type);
+    if (rest) store_part(to + whole * width, output[whole] / total * v_scale, rest, qkv_type);
 }
 
 /* qkv: [T, 3 * heads * head_size], output: [T, heads * head_size], both of qkv_type. Query i is token tokens[i], whose
-   row of `tables` (table_width wide) is rows[i]; it sees lengths[i] tokens. scores: [num_threads, scores_width] fp32,
+   row of `tables` (table_width wide) is rows[i]; it sees lengths[i] tokens. Scores are multiplied by `scale`, which
+   includes the keys', the result by v_scale. scores: [num_threads, scores_width] fp32,
    scores_width a multiple of 16 that is at least the greatest length. */
 void octavo_attend(char *output, const char *qkv, int qkv_type, char *data, int cache_type, int64_t num_blocks,
                    int heads, int block_size, int head_size, const int32_t *tokens, const int32_t *rows,
                    const int32_t *lengths, int num_queries, const int32_t *tables, int64_t table_width, float scale,
-                   float *scores, int64_t scores_width, int num_threads) {
+                   float v_scale, float *scores, int64_t scores_width, int num_threads) {
     struct cache c = {data, cache_type, num_blocks, heads, block_size, head_size};
     int width = head_size * size_of(qkv_type);
 #pragma omp parallel num_threads(num_threads)
@@ -105,20 +106,28 @@ void octavo_attend(char *output, const char *qkv, int qkv_type, char *data, int 
             const char *from = qkv + (token * 3 * heads + head) * width;
             char *to = output + (token * heads + head) * width;
             const int32_t *table = tables + rows[q] * table_width;
-#define ATTEND(size, type) attend(to, from, qkv_type, &c, table, lengths[q], head, scale, own, size, type)
-            if (cache_type == FP32)
-                head_size == 64 ? ATTEND(64, FP32) : ATTEND(head_size, FP32);
-            else if (cache_type == BF16)
-                head_size == 64 ? ATTEND(64, BF16) : ATTEND(head_size, BF16);
-            else
-                head_size == 64 ? ATTEND(64, FP16) : ATTEND(head_size, FP16);
+#define ATTEND(size, type) \
+    attend(to, from, qkv_type, &c, table, lengths[q], head, scale, v_scale, own, size, type)
+#define ATTEND_TYPE(type)                                                      \
+    case type:                                                                 \
+        if (head_size == 64) ATTEND(64, type);                                 \
+        else ATTEND(head_size, type);                                          \
+        break
+            switch (cache_type) {
+                ATTEND_TYPE(FP32);
+                ATTEND_TYPE(BF16);
+                ATTEND_TYPE(FP16);
+                ATTEND_TYPE(FP8);
+            }
         }
     }
 }
 
-/* Keys and values of qkv [T, 3 * heads * head_size] to the slots (block * block_size + offset) of slot_mapping [T]. */
+/* Keys over k_scale and values over v_scale, of qkv [T, 3 * heads * head_size], to the slots (block * block_size +
+   offset) of slot_mapping [T]. */
 void octavo_write(const char *qkv, int qkv_type, char *data, int cache_type, int64_t num_blocks, int heads,
-                  int block_size, int head_size, const int64_t *slot_mapping, int64_t num_tokens, int num_threads) {
+                  int block_size, int head_size, const int64_t *slot_mapping, int64_t num_tokens, float k_scale, float v_scale,
+                  int num_threads) {
     struct cache c = {data, cache_type, num_blocks, heads, block_size, head_size};
     int from_width = head_size * size_of(qkv_type), to_width = head_size * size_of(cache_type);
 #pragma omp parallel for num_threads(num_threads) schedule(static)
@@ -127,12 +136,13 @@ void octavo_write(const char *qkv, int qkv_type, char *data, int cache_type, int
         for (int line = 0; line < 2 * heads; line++) { /* all heads' keys, then all heads' values */
             const char *from = qkv + ((t * 3 + 1) * heads + line) * from_width;
             char *to = piece(&c, line / heads, block, line % heads) + offset * to_width;
+            float scale = line < heads ? k_scale : v_scale;
             int d = 0;
             for (; d + LANES <= head_size; d += LANES)
-                store(to + d * size_of(cache_type), load(from + d * size_of(qkv_type), qkv_type), cache_type);
+                store(to + d * size_of(cache_type), load(from + d * size_of(qkv_type), qkv_type) / scale, cache_type);
             if (d < head_size)
                 store_part(to + d * size_of(cache_type),
-                           load_part(from + d * size_of(qkv_type), head_size - d, qkv_type), head_size - d, cache_type);
+                           load_part(from + d * size_of(qkv_type), head_size - d, qkv_type) / scale, head_size - d, cache_type);
         }
     }
 }

@@ -1,4 +1,4 @@
-/* Vectors of 16 floats, loaded from and stored to fp32, bf16 or fp16. GCC and Clang; any machine, wide ones at once. */
+/* Vectors of 16 floats, loaded from and stored to fp32, bf16, fp16 or fp8. GCC and Clang; any machine, wide ones at once. */
 #ifndef OCTAVO_FLOATS_H
 #define OCTAVO_FLOATS_H
 
@@ -11,15 +11,16 @@
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 
-enum type { FP32 = 0, BF16 = 1, FP16 = 2 }; /* as in native.py */
+enum type { FP32 = 0, BF16 = 1, FP16 = 2, FP8 = 3 /* e4m3 */ }; /* as in native.py */
 
 typedef float vec __attribute__((vector_size(64)));
 typedef uint32_t bits __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
 typedef _Float16 fp16s __attribute__((vector_size(32)));
 
-INLINE int size_of(int type) { return type == FP32 ? 4 : 2; }
+INLINE int size_of(int type) { return type == FP32 ? 4 : type == FP8 ? 1 : 2; }
 
 INLINE vec splat(float x) { return x - (vec){0}; }
 
@@ -40,12 +41,47 @@ INLINE halves narrow(bits x) {
 #endif
 }
 
+INLINE vec choose(ints condition, vec yes, vec no) {
+    return (vec)(((bits)condition & (bits)yes) | (~(bits)condition & (bits)no));
+}
+
+/* e4m3 has fp32's order of bits: shifted, it is the number times 2^-120. */
+INLINE vec load_fp8(const void *from) {
+    bytes x;
+    memcpy(&x, from, sizeof x);
+#if defined(__AVX512F__)
+    bits b = (bits)_mm512_cvtepu8_epi32((__m128i)x);
+#else
+    bits b = __builtin_convertvector(x, bits);
+#endif
+    vec y = (vec)((b & 0x80) << 24 | (b & 0x7f) << 20) * 0x1p120f;
+    return choose((ints)((b & 0x7f) == 0x7f), splat(__builtin_nanf("")), y);
+}
+
+/* The nearest, ties to even, at most 448; NaN stays NaN. */
+INLINE void store_fp8(void *to, vec x) {
+    bits sign = (bits)x >> 24 & 0x80, b = (bits)x & 0x7fffffff;
+    vec magnitude = (vec)b;
+    bits small = (bits)(magnitude * 512.0f + 8388608.0f) & 0xff; /* below 2^-6: a multiple of 2^-9; 2^23 rounds */
+    bits normal = ((b + 0x7ffff + (b >> 20 & 1)) >> 20) - (120 << 3);
+    bits code = (bits)choose((ints)(magnitude < 0x1p-6f), (vec)small, (vec)normal);
+    code = (bits)choose((ints)(magnitude > 448.0f), (vec)(code * 0 + 0x7e), (vec)code);
+    code = (bits)choose((ints)(x != x), (vec)(code * 0 + 0x7f), (vec)code) | sign;
+#if defined(__AVX512F__)
+    bytes y = (bytes)_mm512_cvtepi32_epi8((__m512i)code);
+#else
+    bytes y = __builtin_convertvector(code, bytes);
+#endif
+    memcpy(to, &y, sizeof y);
+}
+
 INLINE vec load(const void *from, int type) {
     if (type == FP32) {
         vec x;
         memcpy(&x, from, sizeof x);
         return x;
     }
+    if (type == FP8) return load_fp8(from);
     if (type == FP16) {
 #if defined(__AVX512F__)
         return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(from));
@@ -64,6 +100,8 @@ INLINE vec load(const void *from, int type) {
 INLINE void store(void *to, vec x, int type) {
     if (type == FP32) {
         memcpy(to, &x, sizeof x);
+    } else if (type == FP8) {
+        store_fp8(to, x);
     } else if (type == FP16) {
 #if defined(__AVX512F__)
         _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
@@ -105,10 +143,6 @@ INLINE float sum(vec x) {
              __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
     vec4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
     return (b[0] + b[2]) + (b[1] + b[3]);
-}
-
-INLINE vec choose(ints condition, vec yes, vec no) {
-    return (vec)(((bits)condition & (bits)yes) | (~(bits)condition & (bits)no));
 }
 
 /* e^x within 2 ulp (Cephes' polynomial); 0 below -87, inf above 88, NaN for NaN. */
