@@ -126,9 +126,9 @@ def test_what_is_outside_of_the_cache_is_refused(slot: int, block: int) -> None:
 
 @needs_kernels
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
-@pytest.mark.parametrize("machine", ["x86-64-v2", "x86-64-v3"])
+@pytest.mark.parametrize("machine", ["x86-64-v3"])
 def test_narrower_processors_compute_the_same(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The forms of the code for processors without AVX-512 (and, v2, without AVX2 and fp16 conversions)."""
+    """The forms of the code for processors without AVX-512."""
     rng = np.random.default_rng(0)
     qkv, tables = torch.randn(2, 3 * 40), rng.permutation(np.arange(1, 5)).reshape(2, 2).astype(np.int32)
     lens, loc = np.array([5, 29], np.int32), np.arange(3, dtype=np.int32)

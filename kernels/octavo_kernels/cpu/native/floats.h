@@ -137,12 +137,9 @@ INLINE void store_part(void *to, vec x, int count, int type) {
 }
 
 INLINE float sum(vec x) {
-    typedef float vec8 __attribute__((vector_size(32)));
-    typedef float vec4 __attribute__((vector_size(16)));
-    vec8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    vec4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    return (b[0] + b[2]) + (b[1] + b[3]);
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
 }
 
 /* e^x within 2 ulp (Cephes' polynomial); 0 below -87, inf above 88, NaN for NaN. */
