@@ -101,6 +101,7 @@ def test_logprobs_are_those_of_transformers(name: str, ours, model, prompts) -> 
             assert (ids == top.indices)[kept].all()
 
 
-def _assert_close(found: list[Any], expected: torch.Tensor, relative: float = 0.0) -> None:
-    """Within 1e-5; `relative`: of the less likely tokens' values, whose rounding in fp32 is larger."""
+def _assert_close(found: list[Any], expected: torch.Tensor, relative: float = 2e-6) -> None:
+    """Within 1e-5 and `relative`, which is more for the less likely tokens: their rounding in fp32 is larger. Both
+    engines' values are up to 9e-6 away from those of fp64."""
     torch.testing.assert_close(torch.tensor(found), expected.float(), rtol=relative, atol=1e-5)

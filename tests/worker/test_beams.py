@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import numpy as np
 import pytest
 from octavo.checkpoint import resolve
@@ -48,9 +47,11 @@ def rows_of(group: int, params: GenerationParams, num_rows: int = 2, **fields: o
         stop_token_ids=(),
         seed=0,
     )
-    first = dataclasses.replace(first, **fields)  # type: ignore[arg-type]
+    first = msgspec.structs.replace(first, **fields)  # type: ignore[arg-type]
     return [
-        dataclasses.replace(first, slot=2 * group + row, row=row, block_ids=np.array([1 + 2 * group + row], np.int32))
+        msgspec.structs.replace(
+            first, slot=2 * group + row, row=row, block_ids=np.array([1 + 2 * group + row], np.int32)
+        )
         for row in range(num_rows)
     ]
 
@@ -150,7 +151,7 @@ def test_scores_outlive_a_preemption_and_go_with_the_group(runner):
     }
     whole = runner.submit(step([0, 1], 4, 1, **own_block)).result().beams[0]
     again = [
-        dataclasses.replace(row, group_id=1, slot=row.slot, token_ids=np.append(PROMPT, token).astype(np.int32))
+        msgspec.structs.replace(row, group_id=1, slot=row.slot, token_ids=np.append(PROMPT, token).astype(np.int32))
         for row, token in zip(rows_of(0, SEARCH), first.token_ids.tolist(), strict=True)
     ]
     runner.submit(step([2, 3], 0, 4, new_requests=rows_of(1, SEARCH), freed_slots=[0, 1], released_groups=[0])).result()
