@@ -14,7 +14,7 @@ from octavo_kernels.embed import embed
 from octavo_kernels.kv_write import kv_write
 from octavo_kernels.linear import linear
 from octavo_kernels.norm import add_layer_norm, layer_norm
-from octavo_kernels.paged_attention import AttentionWorkspace, decode_attention, prefill_attention
+from octavo_kernels.paged_attention import AttentionWorkspace, decode_attention, prefill_attention, shared_attention
 from torch import Tensor
 
 from octavo.checkpoint import ModelSpec
@@ -66,6 +66,10 @@ class DeviceBatch:
     tile_rows: Tensor | None = None
     """int32 tiles of the other rows' queries, see `prefill_tiles`; None: there are none."""
     tile_starts: Tensor | None = None
+    shared_tiles: Tensor | None = None
+    """int32 [tiles, SHARED_TILE] decode rows that share splits of their context; None: none do."""
+    shared_splits: Tensor | None = None
+    """int32 [num_decode_rows]"""
 
 
 class TritonGPT2:
@@ -161,16 +165,11 @@ class TritonGPT2:
                 upcast=upcast,
             )
         if decodes:
-            decode_attention(
-                qkv[:decodes],
-                layer_cache,
-                batch.block_tables[:decodes],
-                batch.seq_lens[:decodes],
-                out[:decodes],
-                self._workspace,
-                scale=scale,
-                upcast=upcast,
-            )
+            rows = (qkv[:decodes], layer_cache, batch.block_tables[:decodes], batch.seq_lens[:decodes])
+            workspace, tiles, shared = self._workspace, batch.shared_tiles, batch.shared_splits
+            if tiles is not None and shared is not None:
+                shared_attention(*rows, tiles, shared, workspace, scale=scale, upcast=upcast)
+            decode_attention(*rows, out[:decodes], workspace, scale=scale, upcast=upcast, shared_splits=shared)
         return out
 
     def _block(self, weights: WeightSource, layer: int) -> Block:
