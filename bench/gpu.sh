@@ -81,9 +81,9 @@ run_part() {
       "${load[@]}" "${offline[@]}" ;;
     serve) part 90 "over gRPC" "$PYTHON" bench/serve.py --contenders octavo,octavo-stream,octavo-session \
       --workloads 11/64,128/128 --rounds 4 --cell-seconds 5 --out "$OUT/serve.jsonl" "${load[@]}" "${serve[@]}" ;;
-    prefix) part 50 "prefix cache" "$PYTHON" bench/prefix.py --out "$OUT/prefix.jsonl" "${prefix[@]}" ;;
+    prefix) part 80 "prefix cache" "$PYTHON" bench/prefix.py --out "$OUT/prefix.jsonl" "${prefix[@]}" ;;
     ceilings) part 40 "ceilings" "${ceilings[@]}" --out "$OUT/roofline.jsonl" ;;
-    kernels) part 180 "kernels" "$PYTHON" bench/kernels.py --seconds 30 --budget 160 --out "$OUT/kernels.jsonl" \
+    kernels) part 190 "kernels" "$PYTHON" bench/kernels.py --seconds 30 --budget 170 --out "$OUT/kernels.jsonl" \
       "${kernels[@]}" ;;
     *) echo "no part $1"; failed=1 ;;
   esac
