@@ -197,9 +197,8 @@ def _constants(num_heads: int, head_size: int, block_size: int, itemsize: int) -
 
 
 def compile_variants() -> list[Variant]:
-    """What the engine launches for gpt2-large, by type and block size."""
+    """What the engine launches for gpt2-large, by type."""
     kinds = [
-        CacheKind("bf16", "bf16", 20, 64, 16),
         CacheKind("bf16", "bf16", 20, 64, 32),
         CacheKind("fp32", "fp32", 20, 64, 32),
         CacheKind("bf16", "u8", 20, 64, 32, "hardware"),

@@ -1,7 +1,8 @@
 """GPT-2 on the Triton kernels: the same equations as `gpt2.py`, in seven launches per layer.
 
 norm (with the residual that came before it), qkv, attention (decode rows also write their keys and values), proj,
-norm, fc with its activation, proj. The residual stream is added where it is normalised next.
+norm, fc with its activation, proj. The residual stream is added where it is normalised next. Prompts' rows take another
+two launches, and so does what decode rows share, one.
 """
 
 from __future__ import annotations

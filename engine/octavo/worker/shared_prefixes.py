@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from octavo_kernels.attention_workspace import SPLIT
 from octavo_kernels.shared_attention import SHARED_TILE
 
@@ -63,8 +62,10 @@ class PrefixFinder:
         known: Bools = self._is_known[slots]
         if not known.all():
             self._learn(slots[~known], num_computed[~known])
+        if not self._id_of:
+            return None
         ids = self._ids[slots]
-        if not _some_repeat(ids[:, :1]):
+        if not _some_repeat(ids[:, 0]):
             return None
         order = np.lexsort(ids.T[::-1])  # by the first split, then the next: equal prefixes are together
         ids = _repeated(ids[order])
@@ -93,8 +94,8 @@ class PrefixFinder:
                 self._ids[slot, split] = self._id_of.setdefault(blocks, len(self._id_of) + 1)
 
 
-def _some_repeat(ids: npt.NDArray[np.int64]) -> bool:
-    ordered = np.sort(ids, axis=None)
+def _some_repeat(ids: Int64s) -> bool:
+    ordered = np.sort(ids)
     return bool(((ordered[1:] == ordered[:-1]) & (ordered[1:] > 0)).any())
 
 
