@@ -21,7 +21,8 @@ Log
   16 loads of 16 bytes in flight per lane (8 KB per warp). At 91 registers 22 warps fit an SM: 176 KB, against ~16 KB
     that hide the latency: predicted bound by bandwidth from 8k cached tokens (80-88 % of it).
   fp16 92 registers; fp32 (tile 16) 102; heads of 32: 64; of 80 and 96 (padded to 128, tile 16): 72; of 128: 100.
-  with shared splits left out 94 (sm_80: 121, else 96): a kernel of its own, for the steps that have some.
+  with shared splits left out 83: their number is loaded again for the merge. Kept from the start on: 94, tried; with
+    Triton 3.6, which needs 128 for either kernel, 164.
   fp8, tile 32: 85 registers with the hardware's conversion (block 16: 84), 96 with integers, 8 shuffles in the loop;
     tile 64 96 registers, tried. Predicted: integers would bound it by arithmetic, so only sm_80 uses them.
   merge by ticket, 4 splits at once: no second launch; 128 bytes of shared memory. Predicted 2 us saved per layer.
@@ -195,7 +196,10 @@ def decode_kernel(
         tl.store(partial_ptr + split * (QUERIES * D) + dims, result, mask=live_d)
         tl.store(lse_ptr + split * QUERIES, top + tl.log2(total_all))
         tl.debug_barrier()  # all lanes' stores come before the ticket
-        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == active - elsewhere - 1:
+        arrivals = active
+        if shared_ptr is not None:
+            arrivals -= shared_count(tl.load(shared_ptr + row), length, SPLIT_LEN)
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == arrivals - 1:
             tl.store(ticket_ptr, 0)  # graphs replay without the host
             index = tl.arange(0, MAX_SPLITS)
             lse = tl.load(lse_ptr + index * QUERIES, mask=index < active, other=-float("inf"), cache_modifier=".cg")

@@ -78,7 +78,8 @@ def shared_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counted(*arguments: Any, **options: Any) -> None:
         tiles: Tensor = arguments[4]
-        counts.append(int((tiles >= 0).sum()))
+        if tiles.device.type == "cpu":  # a CUDA graph that is captured has no numbers yet
+            counts.append(int((tiles >= 0).sum()))
         launch(*arguments, **options)
 
     monkeypatch.setattr(gpt2_triton, "shared_attention", counted)
@@ -96,9 +97,10 @@ def test_sequences_hits_and_beams_share_and_keep_the_tokens_of_the_cpu_path(path
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("shared_rows")
 def test_a_gpu_gives_the_greedy_tokens_of_the_cpu_path_with_shares(path: Path):
     greedy = [dataclasses.replace(case, params=case.params | GREEDY) for case in cases()]
     expected = answers_of("cpu", path, greedy)[0]
-    for options in ({}, {"cuda_graphs": False}, {"shared_prefix_attention": False}):
-        answers = answers_of("cuda", path, greedy, **options)[0]
+    for cuda_graphs in (True, False):
+        answers = answers_of("cuda", path, greedy, cuda_graphs=cuda_graphs)[0]
         assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
