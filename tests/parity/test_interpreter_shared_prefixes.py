@@ -29,14 +29,16 @@ SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_k": 20}
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model whose logits are far apart."""
+    """A small random model whose logits are far apart, and whose tokens follow from what attention reads."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tiny")
     config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=300, n_embd=32, n_layer=1, n_head=1, eos_token_id=96)
     model = GPT2LMHeadModel(config)
-    model.transformer.wte.weight.data.mul_(8.0)
+    model.transformer.wte.weight.data.mul_(4.0)
+    model.transformer.h[0].attn.c_attn.weight.data.mul_(10.0)
+    model.transformer.h[0].attn.c_proj.weight.data.mul_(60.0)
     model.save_pretrained(path)
     return path
 
@@ -92,6 +94,7 @@ def test_sequences_hits_and_beams_share_and_keep_the_tokens_of_the_cpu_path(path
     for found, right in zip(answers, expected, strict=True):
         assert found.scores == pytest.approx(right.scores, abs=1e-5)
         assert dataclasses.replace(found, scores=[]) == dataclasses.replace(right, scores=[])
+    assert len({token for answer in expected for ids in answer.token_ids for token in ids}) > 9
     assert load.prefix_cache_hits > 0
     assert max(shared_rows) > 3, "more than the sequences of one prompt"
 
