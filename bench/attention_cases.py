@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from gpu_timing import Work, copies_for
 from kernel_case import Case, Setting, Target
 from octavo_kernels.paged_attention import (
+    SHARED_TILE,
+    SPLIT,
     VERIFY_TILE,
     AttentionWorkspace,
     decode_attention,
     prefill_attention,
     prefill_tiles,
+    shared_attention,
     verify_attention,
     verify_tiles,
 )
@@ -35,6 +38,8 @@ SLOW_TO_START = ((256, 512), (8, 0, 512))
 """Also measured with flex_attention, which compiles for each; with --sweep all are."""
 PREFILL = ((1, 0, 1000), (8, 0, 512), (32, 0, 128), (4, 768, 256))
 """Rows, tokens before the chunk, tokens of the chunk."""
+SHARED = ((256, 640, 512), (64, 576, 512), (16, 1000, 768), (256, 320, 256))
+"""Rows, context, tokens that all rows begin with in the same blocks."""
 FEW = ((8, 508, 4), (64, 252, 4))
 LARGE = 8192
 """From so many cached tokens on the target of decode holds."""
@@ -52,13 +57,16 @@ class Paged:
     block: int = BLOCK
     cache_dtype: torch.dtype | None = None
     heads: int = HEADS
+    shared: int = 0
+    """Tokens that all rows begin with, in the same blocks: whole splits."""
 
     def __post_init__(self) -> None:
         device, dtype = self.setting.device, self.setting.dtype
         if self.setting.tiny:
             self.heads = 2
         stored = self.cache_dtype or dtype
-        self.kv_bytes = 2 * sum(self.contexts) * self.heads * HEAD_SIZE * stored.itemsize
+        read = sum(self.contexts) - (len(self.contexts) - 1) * self.shared
+        self.kv_bytes = 2 * read * self.heads * HEAD_SIZE * stored.itemsize
         self.copies = copies_for(self.kv_bytes, self.setting.l2_bytes)
         self.width = -(-max(self.contexts) // self.block)
         rows = len(self.contexts)
@@ -67,6 +75,7 @@ class Paged:
         self.cache = torch.randn(shape, device=device, dtype=dtype).to(stored)
         order = torch.randperm(num_blocks - 1, device=device).to(torch.int32) + 1
         self.tables = order.view(self.copies, rows, self.width)
+        self.tables[:, :, : self.shared // self.block] = self.tables[:, :1, : self.shared // self.block].clone()
         self.seq_lens = torch.tensor(self.contexts, dtype=torch.int32, device=device)
         self.starts_np = np.cumsum([0, *self.chunks]).astype(np.int32)
         self.starts = torch.from_numpy(self.starts_np).to(device)
@@ -93,7 +102,7 @@ class Paged:
 
     @property
     def bytes(self) -> float:
-        """Keys and values once, queries, and what is written."""
+        """Keys and values once, shared ones too, queries, and what is written."""
         return self.kv_bytes + 2 * self.num_tokens * self.heads * HEAD_SIZE * self.qkv.itemsize
 
     @property
@@ -186,6 +195,42 @@ def decode_work(paged: Paged, form: str = "fma") -> Work:
     return Work(run, lambda: out)
 
 
+def shared_cases(setting: Setting) -> Iterator[Case]:
+    """Decode rows that begin with the same blocks: read once for several rows, and for each anew."""
+    for rows, context, shared in ((3, 290, 256),) if setting.tiny else SHARED:
+        paged = Paged(setting, [context] * rows, [1] * rows, shared=shared)
+        yield Case(
+            bench="shared",
+            name=f"{rows} x {context}, {shared} shared",
+            facts={"rows": rows, "longest": context, "shared": shared, "block": BLOCK, "heads": paged.heads},
+            bytes=paged.bytes,
+            flops=paged.flops,
+            copies=paged.copies,
+            contenders={
+                "torch SDPA, dense cache": partial(dense_work, paged),
+                "octavo": partial(shared_work, paged),
+                "octavo, each row": partial(decode_work, paged),
+                "vLLM Triton unified": partial(kernel_peers.vllm_unified, paged),
+            },
+        )
+
+
+def shared_work(paged: Paged) -> Work:
+    rows, device = len(paged.contexts), paged.setting.device
+    tiles = torch.full((-(-rows // SHARED_TILE), SHARED_TILE), -1, dtype=torch.int32, device=device)
+    tiles.view(-1)[:rows] = torch.arange(rows)
+    splits = torch.full((rows,), paged.shared // SPLIT, dtype=torch.int32, device=device)
+    workspace = AttentionWorkspace.allocate(rows, paged.heads, HEAD_SIZE, paged.width * paged.block, device)
+    out = paged.out()
+
+    def run(copy: int) -> None:
+        arguments = (paged.qkv, paged.cache, paged.tables[copy], paged.seq_lens)
+        shared_attention(*arguments, tiles, splits, workspace, scale=paged.scale)
+        decode_attention(*arguments, out, workspace, scale=paged.scale, shared_splits=splits)
+
+    return Work(run, lambda: out)
+
+
 def other_decode_work(setting: Setting, contexts: list[int], **changes: Any) -> Work:
     """Over a cache of its own, with random numbers of its own: timed, not compared."""
     work = decode_work(Paged(setting, contexts, [1] * len(contexts), **changes))
@@ -194,9 +239,7 @@ def other_decode_work(setting: Setting, contexts: list[int], **changes: Any) -> 
 
 def dense_work(paged: Paged) -> Work:
     """PyTorch on keys and values that somebody has gathered for it. Rows shorter than the longest are masked."""
-    caches = [
-        paged.dense(copy) for copy in range(min(paged.copies, 4 if sum(paged.contexts) > 20000 else paged.copies))
-    ]
+    caches = paged.dense()[:4] if sum(paged.contexts) > 20000 else paged.dense()
     query = paged.queries[:, :, None].contiguous()  # [R, H, 1, D]
     equal = len(set(paged.contexts)) == 1
     index = torch.arange(max(paged.contexts), device=paged.setting.device)

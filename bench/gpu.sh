@@ -86,11 +86,11 @@ run_part() {
       "${load[@]}" "${offline[@]}" ;;
     serve) part 90 "over gRPC" "$PYTHON" bench/serve.py --contenders octavo,octavo-stream,octavo-session \
       --workloads 11/64,128/128 --rounds 4 --cell-seconds 5 --out "$OUT/serve.jsonl" "${load[@]}" "${serve[@]}" ;;
-    prefix) part 50 "prefix cache" "$PYTHON" bench/prefix.py --out "$OUT/prefix.jsonl" "${prefix[@]}" ;;
+    prefix) part 60 "prefix cache" "$PYTHON" bench/prefix.py --out "$OUT/prefix.jsonl" "${prefix[@]}" ;;
     quality) part 40 "fp8 cache: perplexity, greedy tokens" "$PYTHON" bench/quality.py --a kv_cache_dtype=auto \
       --b kv_cache_dtype=fp8 --window 64 --new 32 --out "$OUT/quality.jsonl" "${quality[@]}" ;;
     ceilings) part 40 "ceilings" "${ceilings[@]}" --out "$OUT/roofline.jsonl" ;;
-    kernels) part 180 "kernels" "$PYTHON" bench/kernels.py --seconds 30 --budget 160 --out "$OUT/kernels.jsonl" \
+    kernels) part 190 "kernels" "$PYTHON" bench/kernels.py --seconds 30 --budget 170 --out "$OUT/kernels.jsonl" \
       "${kernels[@]}" ;;
     *) echo "no part $1"; failed=1 ;;
   esac

@@ -1,6 +1,6 @@
 """The kernels beside what else there is, at the shapes of gpt2-large: µs and the part of the GPU's ceiling.
 
-    python bench/kernels.py [BENCH ...] [--seconds N] [--out FILE]      linear decode prefill sampling norm layer
+    python bench/kernels.py [BENCH ...] [--seconds N] [--out FILE]      linear decode shared prefill sampling norm layer
     python bench/kernels.py linear --sweep --seconds 1800               all tiles; prints lines for gemm_plan.MEASURED
     python bench/kernels.py --interpret                                 no GPU: tiny shapes, invented times
 
@@ -42,6 +42,7 @@ from roofline import Ceilings
 ROOT = Path(__file__).resolve().parents[1]
 BENCHES: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "decode": attention_cases.decode_cases,
+    "shared": attention_cases.shared_cases,
     "sampling": sampling_cases.sampling_cases,
     "norm": linear_cases.norm_cases,
     "linear": linear_cases.linear_cases,

@@ -231,7 +231,7 @@ def prefix(results: Path) -> str:
         ]
         for cell in run.of("cell")
     ]
-    rows += [["on / off", spread(line), "", ""] for line in run.of("ratio")]
+    rows += [[f"{line['first']} / {line['second']}", spread(line), "", ""] for line in run.of("ratio")]
     return f"{table(head, rows)}\n\n{conditions(run)}"
 
 

@@ -27,8 +27,16 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: bool = False
     """The same bits for a request whatever else is in the batch, at the price of slower linear layers. Not on the CPU
     path, whose fp32 is steady enough for equal tokens but not for equal bits."""
+    shared_prefix_attention: bool = True
+    """On a GPU, read the KV blocks that requests in a step begin with once for several of them, where that pays. Not
+    with batch_invariant, since sums depend on it."""
     num_threads: int = 0
     """OpenMP threads of the CPU path; 0: torch's own choice."""
+
+
+def shares_prefixes(config: ModelConfig) -> bool:
+    """Whether decode attention may read blocks once for several requests."""
+    return config.shared_prefix_attention and not config.batch_invariant
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,8 @@ null block, whose contents are no request's; positions end with the table; slots
 recycled block may hold NaN there, and 0 * NaN is NaN.
 
 Log
-  What each choice here gave is in the logs of the kernels: `paged_attention`, `prefill_attention`, `verify_attention`.
+  What each choice here gave is in the logs of the kernels: `paged_attention`, `prefill_attention`, `verify_attention`,
+  `shared_attention`.
 """
 
 from __future__ import annotations
@@ -98,6 +99,12 @@ def tile_offsets(
             other = block_offset(table_ptr, first + i, num_blocks, max_blocks, stride_block)
             rows = tl.where(within // BLOCK == i, other + within % BLOCK * D, rows)
     return base, rows
+
+
+@triton.jit
+def shared_count(shared, length, SPLIT_LEN: tl.constexpr):
+    """How many of a row's splits `shared_attention` computes: what the host says, without the new token's split."""
+    return tl.maximum(tl.minimum(shared, tl.maximum(length - 1, 0) // SPLIT_LEN), 0)
 
 
 @triton.jit
@@ -230,12 +237,12 @@ def check_attention(
     layer_cache: Tensor,
     block_tables: Tensor,
     seq_lens: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     scale: float,
     k_scale: float,
     v_scale: float,
 ) -> None:
-    """What all the wrappers ask of their arguments. Raises ValueError naming the argument."""
+    """What all the wrappers ask of their arguments; some have no out. Raises ValueError naming the argument."""
     require_floats("qkv", qkv)
     require_floats("layer_cache", layer_cache, (*FLOATS, FP8))
     if layer_cache.dim() != 5 or layer_cache.shape[0] != 2 or layer_cache.shape[1] == 0:
@@ -249,7 +256,8 @@ def check_attention(
     if qkv.dim() != 2 or qkv.shape[1] != 3 * num_heads * head_size:
         raise ValueError(f"qkv: shape {tuple(qkv.shape)} is not [tokens, 3 * {num_heads} * {head_size}]")
     require_dense_rows("qkv", qkv)
-    require_like("out", out, (qkv.shape[0], num_heads * head_size), qkv)
+    if out is not None:
+        require_like("out", out, (qkv.shape[0], num_heads * head_size), qkv)
     require_ints("seq_lens", seq_lens, (seq_lens.shape[0] if seq_lens.dim() else 0,), qkv)
     if block_tables.dim() != 2 or block_tables.shape[0] != seq_lens.shape[0] or block_tables.shape[1] == 0:
         raise ValueError(f"block_tables: shape {tuple(block_tables.shape)} is not [{seq_lens.shape[0]}, blocks]")

@@ -52,6 +52,10 @@ class CacheKind:
         )
 
 
+SHARING: Final = CacheKind("bf16", "bf16", 20, 64, 32)
+"""Also compiled with splits that rows share."""
+
+
 def cache_kinds() -> list[CacheKind]:
     """gpt2-large (20 heads of 64) by type and block size, gpt2-xl's 25 heads, the demo model's 4, other head sizes."""
     return [

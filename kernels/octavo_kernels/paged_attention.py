@@ -1,8 +1,9 @@
 """Decode attention over the paged cache: one new token per row, split over the context; writes its key and value.
 
 Splits are 256 tokens long, counted from position 0, and merged in index order by the last of them to arrive, so the
-order of a row's sums depends on its length alone. The other forms, `prefill_attention` and `verify_attention`, are in
-the files of their names; their public names are here too.
+order of a row's sums depends on its length alone. Splits that rows have in common may come from `shared_attention`.
+That and the other forms, `prefill_attention` and `verify_attention`, are in the files of their names; their public
+names are here too.
 
 Log
   Device: none yet. Compiler's output for sm_90 (Triton 3.7.1), 20 heads of 64 unless said; nothing is measured.
@@ -20,6 +21,8 @@ Log
   16 loads of 16 bytes in flight per lane (8 KB per warp). At 91 registers 22 warps fit an SM: 176 KB, against ~16 KB
     that hide the latency: predicted bound by bandwidth from 8k cached tokens (80-88 % of it).
   fp16 92 registers; fp32 (tile 16) 102; heads of 32: 64; of 80 and 96 (padded to 128, tile 16): 72; of 128: 100.
+  with shared splits left out 83: their number is loaded again for the merge. Kept from the start on: 94, tried; with
+    Triton 3.6, which needs 128 for either kernel, 164.
   fp8, tile 32: 85 registers with the hardware's conversion (block 16: 84), 96 with integers, 8 shuffles in the loop;
     tile 64 96 registers, tried. Predicted: integers would bound it by arithmetic, so only sm_80 uses them.
   merge by ticket, 4 splits at once: no second launch; 128 bytes of shared memory. Predicted 2 us saved per layer.
@@ -42,27 +45,33 @@ from octavo_kernels.attention_tiles import (
     decode_e4m3,
     fp8_form,
     read,
+    require_ints,
+    shared_count,
     tile_offsets,
     write_token,
 )
-from octavo_kernels.attention_variants import cache_kinds
+from octavo_kernels.attention_variants import SHARING, cache_kinds
 from octavo_kernels.attention_workspace import SPLIT, AttentionWorkspace
 from octavo_kernels.checks import row_stride
 from octavo_kernels.dependent_launch import follow, launch_options
 from octavo_kernels.prefill_attention import PREFILL_TILE, prefill_attention, prefill_tiles
 from octavo_kernels.prefill_attention import compile_variants as prefill_attention_variants
+from octavo_kernels.shared_attention import SHARED_TILE, shared_attention
+from octavo_kernels.shared_attention import compile_variants as shared_attention_variants
 from octavo_kernels.variant import Variant
 from octavo_kernels.verify_attention import VERIFY_TILE, decode_dot, verify_attention, verify_tiles
 from octavo_kernels.verify_attention import compile_variants as verify_attention_variants
 
 __all__ = [
     "PREFILL_TILE",
+    "SHARED_TILE",
     "SPLIT",
     "VERIFY_TILE",
     "AttentionWorkspace",
     "decode_attention",
     "prefill_attention",
     "prefill_tiles",
+    "shared_attention",
     "verify_attention",
     "verify_tiles",
 ]
@@ -84,6 +93,7 @@ def decode_kernel(
     partial_ptr,  # fp32 [R, H, splits, QUERIES, D], the first of QUERIES is used
     lse_ptr,  # fp32 [R, H, splits, QUERIES]
     ticket_ptr,  # int32 [R, H]
+    shared_ptr,  # int32 [R]; None: there are no shared splits
     stride_qkv,
     stride_half,
     stride_block,
@@ -120,7 +130,10 @@ def decode_kernel(
     dims = tl.arange(0, TILE_D)
     live_d = dims < D
     out_ptr += row * stride_out + head * D
-    if begin >= length:
+    elsewhere = 0  # splits that `shared_attention` has computed
+    if shared_ptr is not None:
+        elsewhere = shared_count(tl.load(shared_ptr + row), length, SPLIT_LEN)
+    if (begin >= length) | (split < elsewhere):
         if (split == 0) & (length <= 0):
             tl.store(out_ptr + dims, tl.zeros([TILE_D], out_ptr.dtype.element_ty), mask=live_d)
         return
@@ -187,7 +200,10 @@ def decode_kernel(
         tl.store(partial_ptr + split * (QUERIES * D) + dims, result, mask=live_d)
         tl.store(lse_ptr + split * QUERIES, top + tl.log2(total_all))
         tl.debug_barrier()  # all lanes' stores come before the ticket
-        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == active - 1:
+        arrivals = active
+        if shared_ptr is not None:
+            arrivals -= shared_count(tl.load(shared_ptr + row), length, SPLIT_LEN)
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == arrivals - 1:
             tl.store(ticket_ptr, 0)  # graphs replay without the host
             index = tl.arange(0, MAX_SPLITS)
             lse = tl.load(lse_ptr + index * QUERIES, mask=index < active, other=-float("inf"), cache_modifier=".cg")
@@ -218,6 +234,7 @@ def decode_attention(
     upcast: bool = False,
     form: str = "fma",
     dependent_launch: bool = False,
+    shared_splits: Tensor | None = None,
 ) -> Tensor:
     """Attention of R rows of one token each over their context; their keys and values are written to the cache.
 
@@ -229,7 +246,8 @@ def decode_attention(
     rows contiguous. workspace: for at least R rows and B * S tokens. An fp8 cache holds key / k_scale and
     value / v_scale; other types take no scale. upcast: queries and keys are multiplied in fp32 whatever the types; the
     fma form always does. form: "fma", on CUDA cores, or "dot", on tensor cores with the sums of `verify_attention`.
-    dependent_launch: see `octavo_kernels.dependent_launch`. Returns out. Raises ValueError naming the argument.
+    dependent_launch: see `octavo_kernels.dependent_launch`. shared_splits: int32 [R] as `shared_attention` had it, just
+    before and with the same workspace; the fma form only. Returns out. Raises ValueError naming the argument.
     """
     check_attention(qkv, layer_cache, block_tables, seq_lens, out, scale, k_scale, v_scale)
     if seq_lens.shape[0] != qkv.shape[0]:
@@ -237,6 +255,10 @@ def decode_attention(
     if form not in FORMS:
         raise ValueError(f"form: {form!r} is not one of {', '.join(FORMS)}")
     num_rows = qkv.shape[0]
+    if shared_splits is not None:
+        require_ints("shared_splits", shared_splits, (num_rows,), qkv)
+        if form != "fma":
+            raise ValueError(f"shared_splits: form {form!r} computes all splits itself")
     _, num_blocks, num_heads, block_size, head_size = layer_cache.shape
     splits = workspace.check(num_rows, num_heads, head_size, block_tables.shape[1] * block_size, 1, qkv)
     if num_rows == 0:
@@ -255,6 +277,7 @@ def decode_attention(
         workspace.partial,
         workspace.lse,
         workspace.tickets,
+        shared_splits,
         row_stride(qkv),
         layer_cache.stride(0),
         layer_cache.stride(1),
@@ -299,5 +322,8 @@ def compile_variants() -> list[Variant]:
     for kind in cache_kinds():
         constants = _constants(kind.heads, kind.head_size, kind.block_size, kind.itemsize)
         constants |= {"MAX_SPLITS": 4, "QUERIES": 1, "FP8_FORM": kind.fp8}
-        variants.append(kind.variant("decode fma", decode_kernel, constants, num_warps=1))
-    return variants + prefill_attention_variants() + verify_attention_variants()
+        alone = constants | {"shared_ptr": None}
+        variants.append(kind.variant("decode fma", decode_kernel, alone, num_warps=1))
+        if kind == SHARING:
+            variants.append(kind.variant("decode fma, shared splits", decode_kernel, constants, num_warps=1))
+    return variants + shared_attention_variants() + prefill_attention_variants() + verify_attention_variants()

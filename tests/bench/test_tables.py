@@ -31,7 +31,7 @@ RUNS: dict[str, tuple[list[dict[str, Any]], str]] = {
         [
             {"record": "cell", "cache": "on", "output_tokens_per_second": 50.2, "first_token_p50_ms": 3.2}
             | {"first_token_p99_ms": 9.9, "hit_rate": 0.876},
-            RATIO,
+            RATIO | {"first": "on", "second": "off"},
         ],
         "| on | 50 | 3 / 10 | 0.88 |\n| on / off | 1.50 (1.00 to 2.00) |  |  |",
     ),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ["decode", "sampling", "norm", "linear", "layer", "prefill"]
+BENCHES = ["decode", "shared", "sampling", "norm", "linear", "layer", "prefill"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_every_bench_runs_every_contender_of_ours(records: list[dict[str, Any]])
 
 def test_results_agree_with_torch(records: list[dict[str, Any]]) -> None:
     compared = [r for r in records if r["record"] == "time" and r["differs"] is not None]
-    assert {r["bench"] for r in compared} == {"decode", "sampling", "norm", "linear", "prefill"}
+    assert {r["bench"] for r in compared} == {"decode", "shared", "sampling", "norm", "linear", "prefill"}
     assert max(r["differs"] for r in compared) < 5e-3
 
 
@@ -51,6 +51,11 @@ def test_records_name_machine_versions_and_that_times_are_invented(records: list
     assert run["torch"] and run["triton"] and run["commit"]
     times = [r for r in records if r["record"] == "time"]
     assert times and all(r["invented"] and r["of_ceiling"] > 0 and r["bytes"] > 0 for r in times)
+
+
+def test_torch_takes_part_wherever_it_is_asked(records: list[dict[str, Any]]) -> None:
+    """Its result is what ours is compared with."""
+    assert not [r for r in records if r["record"] == "absent" and r["contender"].startswith(("torch", "flex"))]
 
 
 def test_peers_that_need_a_gpu_are_recorded_as_absent(records: list[dict[str, Any]]) -> None:

@@ -6,8 +6,11 @@ import random
 
 import numpy as np
 import pytest
-from octavo.worker.step_graphs import MIXED_CHUNKS, decode_buckets, graph_shapes
-from octavo.worker.step_layout import StepShape, exact_shape, lay_out, num_words, parts_of
+import torch
+from octavo.worker.shared_prefixes import SharedPrefixes
+from octavo.worker.step_graphs import MIXED_CHUNKS, StepGraphs, decode_buckets, graph_shapes
+from octavo.worker.step_layout import StepShape, exact_shape, lay_out, most_words, num_words, parts_of
+from octavo_kernels.shared_attention import SHARED_TILE
 
 PADDING = 99
 
@@ -65,3 +68,46 @@ def test_shapes_are_captured_decode_first_and_each_group_largest_first():
     assert shapes[0] == StepShape(64) and shapes[len(decode_buckets(64)) - 1] == StepShape(1)
     assert {(s.prefill_rows, s.prefill_tokens) for s in shapes if s.prefill_rows} == set(MIXED_CHUNKS)
     assert not [s for s in graph_shapes(4, 100) if s.prefill_rows > 4 or s.prefill_tokens > 100]
+
+
+def test_what_rows_share_has_a_place_in_shapes_for_it_only():
+    tiles = np.full((2, SHARED_TILE), -1, np.int32)
+    tiles[0, :3], tiles[1, :2] = [4, 0, 2], [1, 5]
+    prefixes = SharedPrefixes(np.array([1, 2, 1, 0, 1, 2], np.int32), tiles)
+    rows = (np.arange(6, dtype=np.int32), np.ones(6, np.int32), 6, np.ones(6, bool), PADDING)
+    shape = StepShape(24, shared=True)
+    parts = parts_of(lay_out(shape, *rows, prefixes).words, shape)
+    assert parts.shared_tiles.reshape(-1, SHARED_TILE).tolist() == [*tiles.tolist(), [-1] * SHARED_TILE]
+    assert parts.shared_splits.tolist() == [1, 2, 1, 0, 1, 2] + [0] * 18
+    plain = StepShape(24)
+    assert np.array_equal(lay_out(plain, *rows, prefixes).words, lay_out(plain, *rows).words)
+    padding = parts_of(lay_out(shape, *rows).words, shape)
+    assert not padding.shared_splits.any() and (padding.shared_tiles == -1).all()
+    for shape in graph_shapes(64, 2048, shared=True):
+        assert num_words(shape) <= most_words(64 + 64, 2048 + 64)
+
+
+class Program:
+    """As much of a StepProgram as the choice of a shape needs."""
+
+    device, padding_slot = torch.device("cpu"), PADDING
+
+    def write(self, layout: object) -> None:
+        pass
+
+
+def test_shares_are_given_up_rather_than_a_graph():
+    graphs = StepGraphs(Program())
+    assert graphs.shape_for(StepShape(5, shared=True)) == StepShape(5, shared=True)
+    graphs.capture(graph_shapes(64, 2048, shared=True), 60.0)
+    assert graphs.shape_for(StepShape(5)) == StepShape(8)
+    assert graphs.shape_for(StepShape(5, shared=True)) == StepShape(8, shared=True)
+    assert graphs.shape_for(StepShape(5, 3, 50, shared=True)) == StepShape(16, 4, 64, shared=True)
+    assert graphs.shape_for(StepShape(5, history=True, shared=True)) == StepShape(8, history=True)
+    assert graphs.shape_for(StepShape(65, shared=True)) == StepShape(65, shared=True)
+
+
+def test_shapes_with_shares_come_last():
+    plain, shared = list(graph_shapes(64, 2048)), list(graph_shapes(64, 2048, shared=True))
+    assert shared[: len(plain)] == plain
+    assert all(shape.shared and shape.decode_rows >= 4 and not shape.history for shape in shared[len(plain) :])

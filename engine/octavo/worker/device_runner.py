@@ -19,7 +19,7 @@ from octavo_kernels.inputs import apply_diffs, copy_blocks
 from octavo_kernels.logprobs import LogprobBuffers, gather_logprobs
 from octavo_kernels.state import Feature, Finish
 
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, shares_prefixes
 from octavo.errors import Reason
 from octavo.step import Bools, Int32s, LogprobSpec, ModelRunnerOutput, SchedulerOutput
 from octavo.types import GenerationParams
@@ -35,8 +35,9 @@ from octavo.worker.model_loader import load_model
 from octavo.worker.philox_noise import PhiloxNoise
 from octavo.worker.prompt_logprobs import add_prompt_logprobs
 from octavo.worker.request_states import Int64s, RequestStates
+from octavo.worker.shared_prefixes import PrefixFinder
 from octavo.worker.step_graphs import StepGraphs, capture_graphs
-from octavo.worker.step_layout import StepLayout, exact_shape, lay_out, parts_of
+from octavo.worker.step_layout import StepLayout, exact_shape, lay_out, max_shared_tiles, parts_of
 from octavo.worker.step_program import StepProgram, StepTensors
 from octavo.worker.warm_up import warm_up
 
@@ -106,6 +107,7 @@ class DeviceRunner:
             max_tokens=rows + config.scheduler.max_num_batched_tokens,
         )
         self._graphs = StepGraphs(self._program)
+        self._prefixes = PrefixFinder(self._states) if shares_prefixes(config.model) else None
         self._last: _DecodeLayout | None = None
         self._logprobs = LogprobBuffers.allocate(rows + PADDING_ROWS, device)
         sampler = HostSampler(self._states, PhiloxNoise(spec.vocab_size, device, self._program.num_threads), path)
@@ -118,6 +120,8 @@ class DeviceRunner:
     def submit(self, step: SchedulerOutput) -> LaunchedStep:
         """Launches a step; steps take effect in the order of the calls. What goes wrong is raised by its result."""
         self._states.apply(step)
+        if self._prefixes is not None:
+            self._prefixes.apply(step)
         self._host_rows.apply(step)
         self._device_states.stage(step, self._host_rows.mask)
         if self._host_rows:
@@ -183,10 +187,13 @@ class DeviceRunner:
         if steady and self._last is not None and self._last.is_of(step.slots, sampled):
             return self._last.layout
         used = np.bitwise_or.reduce(self._states.sampling.features[step.slots[sampled]], initial=0)
-        exact = exact_shape(step.num_scheduled, decodes, history=bool(used & HISTORY))
-        shape = self._graphs.shape_for(exact)
+        prefixes = None
+        if self._prefixes is not None:
+            prefixes = self._prefixes.find(step.slots[:decodes], step.num_computed[:decodes], max_shared_tiles(decodes))
+        history, shared = bool(used & HISTORY), prefixes is not None
+        shape = self._graphs.shape_for(exact_shape(step.num_scheduled, decodes, history=history, shared=shared))
         padding = self._device_states.state.padding_slot
-        layout = lay_out(shape, step.slots, step.num_scheduled, decodes, sampled, padding)
+        layout = lay_out(shape, step.slots, step.num_scheduled, decodes, sampled, padding, prefixes)
         self._last = _DecodeLayout(step.slots, sampled, layout) if decodes == len(step.slots) else None
         return layout
 

@@ -1,20 +1,22 @@
 """GPT-2 on the Triton kernels: the same equations as `gpt2.py`, in seven launches per layer.
 
 norm (with the residual that came before it), qkv, attention (decode rows also write their keys and values), proj,
-norm, fc with its activation, proj. The residual stream is added where it is normalised next.
+norm, fc with its activation, proj. The residual stream is added where it is normalised next. Prompts' rows take another
+two launches, and so does what decode rows share, one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from octavo_kernels.embed import embed
 from octavo_kernels.kv_write import kv_write
 from octavo_kernels.linear import linear
 from octavo_kernels.norm import add_layer_norm, layer_norm
-from octavo_kernels.paged_attention import AttentionWorkspace, decode_attention, prefill_attention
+from octavo_kernels.paged_attention import AttentionWorkspace, decode_attention, prefill_attention, shared_attention
 from torch import Tensor
 
 from octavo.checkpoint import ModelSpec
@@ -68,6 +70,10 @@ class DeviceBatch:
     tile_rows: Tensor | None = None
     """int32 tiles of the other rows' queries, see `prefill_tiles`; None: there are none."""
     tile_starts: Tensor | None = None
+    shared_tiles: Tensor | None = None
+    """int32 [tiles, SHARED_TILE] decode rows that share splits of their context; None: none do."""
+    shared_splits: Tensor | None = None
+    """int32 [num_decode_rows]"""
 
 
 class TritonGPT2:
@@ -183,19 +189,18 @@ class TritonGPT2:
                 dependent_launch=self.dependent_launch,
             )
         if decodes:
-            decode_attention(
-                qkv[:decodes],
-                layer_cache,
-                batch.block_tables[:decodes],
-                batch.seq_lens[:decodes],
-                out[:decodes],
-                self._workspace,
-                scale=scale,
-                k_scale=k_scale,
-                v_scale=v_scale,
-                upcast=upcast,
-                dependent_launch=self.dependent_launch,
-            )
+            rows = (qkv[:decodes], layer_cache, batch.block_tables[:decodes], batch.seq_lens[:decodes])
+            workspace, tiles, shared = self._workspace, batch.shared_tiles, batch.shared_splits
+            how: dict[str, Any] = {
+                "scale": scale,
+                "k_scale": k_scale,
+                "v_scale": v_scale,
+                "upcast": upcast,
+                "dependent_launch": self.dependent_launch,
+            }
+            if tiles is not None and shared is not None:
+                shared_attention(*rows, tiles, shared, workspace, **how)
+            decode_attention(*rows, out[:decodes], workspace, shared_splits=shared, **how)
         return out
 
     def _block(self, weights: WeightSource, layer: int) -> Block:

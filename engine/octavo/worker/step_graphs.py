@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, shares_prefixes
 from octavo.worker.step_layout import StepShape, lay_out
 from octavo.worker.step_program import StepProgram, StepTensors
 
@@ -24,6 +25,8 @@ MIXED_CHUNKS = ((4, 64), (8, 128), (16, 256), (32, 512), (64, 1024))
 """(rows, tokens) of the prompts' part of a mixed step, at most `kv_cache.PADDING_ROWS` rows. Larger steps are bound by
 arithmetic, not by launches."""
 MIXED_DECODES = (0, 16, 64, 128, 256, 512)
+LEAST_SHARED_ROWS = 4
+"""Fewer save too little, see `shared_prefixes.LEAST_SAVED`."""
 
 CAPTURE_SECONDS = 30.0
 """After which no more shapes are captured: a server should start."""
@@ -38,16 +41,27 @@ def decode_buckets(max_rows: int) -> list[int]:
     return [bucket for bucket in buckets if bucket < max_rows] + [max_rows]
 
 
-def graph_shapes(max_rows: int, max_tokens: int) -> Iterator[StepShape]:
-    """Worth capturing, the most useful first: decode steps, then mixed ones, each largest first."""
-    for history in (False, True):
-        for rows in reversed(decode_buckets(max_rows)):
-            yield StepShape(rows, history=history)
-        for rows, tokens in reversed(MIXED_CHUNKS):
-            decodes = [count for count in MIXED_DECODES if count < max_rows] + [max_rows]
-            for count in reversed(decodes):
-                if tokens <= max_tokens and rows <= max_rows:
-                    yield StepShape(count, rows, tokens, history)
+def graph_shapes(max_rows: int, max_tokens: int, *, shared: bool = False) -> Iterator[StepShape]:
+    """Worth capturing, the most useful first: decode steps, then mixed ones, each largest first. shared: also steps in
+    which rows share splits of their context, those without history."""
+    plain = [*_decode_shapes(max_rows), *_mixed_shapes(max_rows, max_tokens)]
+    yield from plain
+    yield from (replace(shape, history=True) for shape in plain)
+    if shared:
+        yield from (replace(shape, shared=True) for shape in plain if shape.decode_rows >= LEAST_SHARED_ROWS)
+
+
+def _decode_shapes(max_rows: int) -> Iterator[StepShape]:
+    for rows in reversed(decode_buckets(max_rows)):
+        yield StepShape(rows)
+
+
+def _mixed_shapes(max_rows: int, max_tokens: int) -> Iterator[StepShape]:
+    for rows, tokens in reversed(MIXED_CHUNKS):
+        decodes = [count for count in MIXED_DECODES if count < max_rows] + [max_rows]
+        for count in reversed(decodes):
+            if tokens <= max_tokens and rows <= max_rows:
+                yield StepShape(count, rows, tokens)
 
 
 def capture_graphs(
@@ -57,7 +71,8 @@ def capture_graphs(
     if not config.model.cuda_graphs:
         return
     scheduler, start = config.scheduler, time.monotonic()
-    shapes = list(graph_shapes(scheduler.max_num_requests, scheduler.max_num_batched_tokens))
+    shared = shares_prefixes(config.model)
+    shapes = list(graph_shapes(scheduler.max_num_requests, scheduler.max_num_batched_tokens, shared=shared))
     if device.type != "cuda":
         graphs.capture(shapes, CAPTURE_SECONDS)
         return
@@ -67,6 +82,10 @@ def capture_graphs(
     mib = (torch.cuda.memory_reserved(device) - before) >> 20
     seconds = time.monotonic() - start
     progress(f"CUDA graphs: {graphs.num_shapes} of {len(shapes)} shapes in {seconds:.1f} s, {mib} MiB")
+
+
+def _size(shape: StepShape) -> tuple[int, ...]:
+    return shape.num_tokens, shape.num_rows, shape.history, shape.shared
 
 
 class StepGraphs:
@@ -91,17 +110,20 @@ class StepGraphs:
                 break
             self._program.write(lay_out(shape, NO_ROWS, NO_ROWS, 0, NO_ROWS.astype(bool), self._program.padding_slot))
             self._launches[shape] = self._captured(shape, pool)
-        self._by_size = sorted(self._launches, key=lambda shape: (shape.num_tokens, shape.num_rows, shape.history))
+        self._by_size = sorted(self._launches, key=_size)
         self._chosen.clear()
 
     def shape_for(self, exact: StepShape) -> StepShape:
-        """The smallest captured shape that holds this one, else this one."""
+        """The smallest captured shape that holds this one, or this one without shares; else this one."""
         shape = self._chosen.get(exact)
         if shape is None:
-            shape = next((shape for shape in self._by_size if shape.holds(exact)), exact)
+            shape = self._smallest(exact) or self._smallest(replace(exact, shared=False)) or exact
             if len(self._chosen) < 1 << 16:
                 self._chosen[exact] = shape
         return shape
+
+    def _smallest(self, exact: StepShape) -> StepShape | None:
+        return next((shape for shape in self._by_size if shape.holds(exact)), None)
 
     def run(self, shape: StepShape) -> StepTensors:
         """Computes the step whose words the program has."""

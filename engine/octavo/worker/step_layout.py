@@ -14,9 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from octavo_kernels.paged_attention import prefill_tiles
 from octavo_kernels.prefill_attention import PREFILL_TILE
+from octavo_kernels.shared_attention import SHARED_TILE
 from torch import Tensor
 
 from octavo.step import Bools, Int32s
+from octavo.worker.shared_prefixes import SharedPrefixes
+
+ROWS_PER_SHARED_TILE = 8
+"""Of decode rows, for each tile that a shape has room for. Where groups are smaller, those that save most are kept."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -28,6 +33,8 @@ class StepShape:
     prefill_tokens: int = 0
     history: bool = False
     """Whether some row has n-gram bans, bad words, biases or output penalties."""
+    shared: bool = False
+    """Whether decode rows share splits of their context."""
 
     @property
     def num_rows(self) -> int:
@@ -42,6 +49,10 @@ class StepShape:
         """Of prefill attention: every row may have one that is not full."""
         return self.prefill_tokens // PREFILL_TILE + self.prefill_rows
 
+    @property
+    def num_shared_tiles(self) -> int:
+        return max_shared_tiles(self.decode_rows) if self.shared else 0
+
     def holds(self, other: StepShape) -> bool:
         """Whether a step of the other shape can be padded to this one."""
         return (
@@ -49,7 +60,12 @@ class StepShape:
             and self.prefill_rows >= other.prefill_rows
             and self.prefill_tokens >= other.prefill_tokens
             and self.history >= other.history
+            and self.shared >= other.shared
         )
+
+
+def max_shared_tiles(decode_rows: int) -> int:
+    return max(1, decode_rows // ROWS_PER_SHARED_TILE)
 
 
 Words = TypeVar("Words", Int32s, Tensor)
@@ -57,8 +73,15 @@ Words = TypeVar("Words", Int32s, Tensor)
 
 @dataclass(frozen=True, slots=True)
 class StepWords(Generic[Words]):
-    """The parts of the buffer for R rows and N tiles: int32 on the host or on the device."""
+    """The parts of the buffer for R rows and N tiles: int32 on the host or on the device.
 
+    What D decode rows share comes first, so that its address is a multiple of 16; there is none in other shapes.
+    """
+
+    shared_tiles: Words
+    """[num_shared_tiles, SHARED_TILE], flat; -1: no row."""
+    shared_splits: Words
+    """[D]"""
     row_slots: Words
     """[R] the slot whose tokens a row computes; the padding slot: none."""
     sample_slots: Words
@@ -74,16 +97,26 @@ class StepWords(Generic[Words]):
 
 
 def num_words(shape: StepShape) -> int:
-    return 4 * shape.num_rows + 1 + 2 * shape.num_tiles
+    return sum(_sizes(shape))
+
+
+def most_words(max_rows: int, max_tokens: int) -> int:
+    """Of the shapes with at most so many rows and tokens of prompts."""
+    return num_words(StepShape(0, max_rows, max_tokens)) + num_words(StepShape(max_rows, shared=True))
 
 
 def parts_of(words: Words, shape: StepShape) -> StepWords[Words]:
     """Views of the first `num_words` words."""
-    rows, tiles = shape.num_rows, shape.num_tiles
-    sizes = (rows, rows, rows, rows + 1, tiles, tiles)
+    sizes = _sizes(shape)
     ends = np.cumsum(sizes).tolist()
     assert len(sizes) == len(fields(StepWords))
     return StepWords(*(words[end - size : end] for size, end in zip(sizes, ends, strict=True)))
+
+
+def _sizes(shape: StepShape) -> tuple[int, ...]:
+    rows, tiles = shape.num_rows, shape.num_tiles
+    shared_rows = shape.decode_rows if shape.shared else 0
+    return shape.num_shared_tiles * SHARED_TILE, shared_rows, rows, rows, rows, rows + 1, tiles, tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +130,23 @@ class StepLayout:
     """[num_words]"""
 
 
-def exact_shape(num_scheduled: Int32s, num_decode_rows: int, *, history: bool) -> StepShape:
+def exact_shape(num_scheduled: Int32s, num_decode_rows: int, *, history: bool, shared: bool = False) -> StepShape:
     """Without padding. num_scheduled: [n] tokens of each row, those of one token first."""
     rest = num_scheduled[num_decode_rows:]
-    return StepShape(num_decode_rows, len(rest), int(rest.sum()), history)
+    return StepShape(num_decode_rows, len(rest), int(rest.sum()), history, shared)
 
 
 def lay_out(
-    shape: StepShape, slots: Int32s, num_scheduled: Int32s, num_decode_rows: int, samples: Bools, padding_slot: int
+    shape: StepShape,
+    slots: Int32s,
+    num_scheduled: Int32s,
+    num_decode_rows: int,
+    samples: Bools,
+    padding_slot: int,
+    prefixes: SharedPrefixes | None = None,
 ) -> StepLayout:
-    """The words of a step whose exact shape this one holds. slots, num_scheduled, samples: [n]."""
+    """The words of a step whose exact shape this one holds. slots, num_scheduled, samples: [n]. prefixes: of the decode
+    rows, which lose them if the shape has no place for any."""
     words = np.zeros(num_words(shape), np.int32)
     parts = parts_of(words, shape)
     places = np.arange(len(slots))
@@ -131,4 +171,13 @@ def lay_out(
         (parts.tile_starts, np.concatenate([tile_starts, padding])),
     ):
         part[:] = values
+    if shape.shared:
+        _lay_out_shared(parts, prefixes)
     return StepLayout(shape, places, words)
+
+
+def _lay_out_shared(parts: StepWords[Int32s], prefixes: SharedPrefixes | None) -> None:
+    parts.shared_tiles[:] = -1  # shared_splits are 0
+    if prefixes is not None:
+        parts.shared_tiles[: prefixes.tiles.size] = prefixes.tiles.ravel()
+        parts.shared_splits[: len(prefixes.splits)] = prefixes.splits

@@ -14,13 +14,14 @@ import torch
 from octavo_kernels.history import apply_history
 from octavo_kernels.inputs import StepInputs, prepare
 from octavo_kernels.sampling import sample
+from octavo_kernels.shared_attention import SHARED_TILE
 from octavo_kernels.state import SlotState
 from octavo_kernels.workspace import SamplerWorkspace
 from torch import Tensor
 
 from octavo.worker.gpt2_triton import DeviceBatch, TritonGPT2
 from octavo.worker.kv_cache import KVCache
-from octavo.worker.step_layout import StepLayout, StepShape, num_words, parts_of
+from octavo.worker.step_layout import StepLayout, StepShape, most_words, parts_of
 
 THREADS_PER_SM = 2048
 INTERPRETED_SMS = 132
@@ -52,7 +53,7 @@ class StepProgram:
         self._kv_cache = kv_cache
         self._state = state
         self.padding_slot = state.padding_slot
-        self._words = torch.zeros(num_words(StepShape(0, max_rows, max_tokens)), dtype=torch.int32, device=device)
+        self._words = torch.zeros(most_words(max_rows, max_tokens), dtype=torch.int32, device=device)
         self._on_device: StepLayout | None = None
         """What `_words` holds."""
         self._inputs = StepInputs.allocate(max_tokens, max_rows, state.block_table.shape[1], device)
@@ -104,6 +105,8 @@ class StepProgram:
             num_decode_rows=shape.decode_rows,
             tile_rows=parts.tile_rows if shape.num_tiles else None,
             tile_starts=parts.tile_starts if shape.num_tiles else None,
+            shared_tiles=parts.shared_tiles.view(-1, SHARED_TILE) if shape.shared else None,
+            shared_splits=parts.shared_splits if shape.shared else None,
         )
         hidden = self.model.forward(batch, self._kv_cache)
         last = hidden if shape.prefill_rows == 0 else hidden.index_select(0, parts.last_tokens)

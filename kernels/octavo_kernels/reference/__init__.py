@@ -15,6 +15,7 @@ from octavo_kernels.reference.model import (
     layer_norm,
     linear,
     paged_attention,
+    shared_attention,
     to_fp8,
 )
 from octavo_kernels.reference.sampling import choose, filter_row, process_row
@@ -35,5 +36,6 @@ __all__ = [
     "paged_attention",
     "prepare",
     "process_row",
+    "shared_attention",
     "to_fp8",
 ]

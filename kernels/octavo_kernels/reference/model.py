@@ -133,6 +133,29 @@ def paged_attention(
     return output if v_scale == 1 else output.mul_(v_scale)
 
 
+def shared_attention(
+    qkv: Tensor, layer_cache: Tensor, block_tables: Tensor, shared_splits: Sequence[int], split: int, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of R rows of one token each over the first splits of their context, each split by itself.
+
+    qkv: [R, 3 * E]; only the queries are read. shared_splits: of each row, R host ints; splits have `split` tokens, all
+    of them before the row's own. Returns fp32 [R, H, P, D] results and [R, H, P] base-2 logarithms of the splits' sums
+    of exponentials, P the most of shared_splits; NaN where a row has fewer.
+    """
+    num_heads, block_size, head_size = layer_cache.shape[2:]
+    query = qkv.view(len(qkv), 3, num_heads, head_size)[:, 0].float() * scale
+    most = max(shared_splits, default=0)
+    results = query.new_full((len(qkv), num_heads, most, head_size), math.nan)
+    logarithms = query.new_full((len(qkv), num_heads, most), math.nan)
+    for r, count in enumerate(shared_splits):
+        table = block_tables[r, : count * split // block_size].long()
+        keys, values = layer_cache[:, table].float().transpose(1, 2).reshape(2, num_heads, count, split, head_size)
+        scores = (keys @ query[r, :, None, :, None]).squeeze(-1)  # [H, count, split]
+        results[r, :, :count] = (scores.softmax(-1).unsqueeze(-2) @ values).squeeze(-2)
+        logarithms[r, :, :count] = scores.logsumexp(-1) / math.log(2)
+    return results, logarithms
+
+
 def attention_bytes(num_heads: int, head_size: int, num_queries: int, context: int, itemsize: int) -> int:
     """What one row of `paged_attention` takes at most while it is computed.
 
