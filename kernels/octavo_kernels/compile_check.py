@@ -129,10 +129,10 @@ def dependents(variants: Mapping[str, Variant]) -> dict[str, Variant]:
 
 
 def covering(variants: Mapping[str, Variant]) -> list[str]:
-    """The first variant of every kernel with every set of argument types, and of every use of tensor cores."""
-    first: dict[tuple[Any, ...], str] = {}
+    """The first variant of every kernel, and of every use of tensor cores."""
+    first: dict[tuple[str, str | None], str] = {}
     for name, variant in variants.items():
-        first.setdefault((_kernel_name(variant), tuple(variant.signature.values()), variant.mma), name)
+        first.setdefault((_kernel_name(variant), variant.mma), name)
     return list(first.values())
 
 
@@ -422,7 +422,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     numbers = [int(capability) for capability in CAPABILITIES]
     parser.add_argument("--capabilities", type=_numbers, default=numbers, metavar="80,90", help="default: 80,90,100")
     parser.add_argument("--only", default="", metavar="PART", help="variants whose name contains this; * matches any")
-    parser.add_argument("--covering", action="store_true", help="but for sm_90, one variant of each kernel and type")
+    parser.add_argument("--covering", action="store_true", help="but for sm_90, one variant of each kernel")
     parser.add_argument("--families", type=lambda text: text.split(","), default=list(FAMILIES), metavar="A,B")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
     parser.add_argument("--baseline", type=Path, default=BASELINE)
