@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from octavo_kernels import reference
 from octavo_kernels.activations import ACTIVATIONS
 from octavo_kernels.checks import FP8
-from octavo_kernels.cpu import linear, native, native_attention
+from octavo_kernels.cpu import argmax, linear, native, native_attention
 from octavo_kernels.cpu.linear import LinearKind, NativeLinear, OnednnLinear
 from octavo_kernels.cpu.native_attention import NativeAttention
 
@@ -166,6 +167,19 @@ def test_every_fp8_number_is_read_exactly_and_the_nearest_is_written() -> None:
     plan = kernel.plan(len(values) + 1, blocks * 16, loc, lens, blocks[:, None].astype(np.int32), len(values))
     kernel.write(plan, qkv, cache)
     assert torch.equal(kernel.attend(plan, qkv, cache, 1.0), reference.to_fp8(values, 1.0).float())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", argmax.TYPES, ids=str)
+def test_the_first_of_the_largest_or_the_first_nan_is_found(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for width in (1, 15, 16, 50, 1000):
+        scores = torch.randint(-3, 3, (40, width)).to(dtype)  # with many equals
+        scores[1] = -math.inf
+        scores[2, width // 2 :] = math.inf
+        scores[3, [width // 3, width - 1]] = math.nan
+        scores[4, -1] = 9
+        assert argmax.argmax(scores).tolist() == scores.float().numpy().argmax(axis=1).tolist()
 
 
 def test_heads_beyond_the_kernel_s_registers_are_torch_s() -> None:

@@ -1,6 +1,6 @@
 """The CPU's own kernels, in C: compiled at first use by the machine's C compiler, as Triton does it with its launchers.
 
-    library() -> the functions of attention.c and linear.c, or None where they cannot be had; `why_not()` says why
+    library() -> the functions of the .c files, or None where they cannot be had; `why_not()` says why
 
 The compiler is $CC, else gcc, clang or cc. What it made is kept in $OCTAVO_CACHE_DIR, else $XDG_CACHE_HOME/octavo, else
 ~/.cache/octavo, under a name made of sources, flags, compiler and processor. OCTAVO_NATIVE=0 does without. Threads are
@@ -42,6 +42,7 @@ SIGNATURES: Final[dict[str, list[type]]] = {
     "octavo_has_linear": [],
     "octavo_packed_size": [_L, _L],
     "octavo_pack": [_P, _P, _L, _L],
+    "octavo_argmax": [_P, _P, _L, _L, _I, _I],
     "octavo_linear": [_P, _P, _P, _L, _P, _P, _L, _L, _I, _I],
 }
 

@@ -1,0 +1,46 @@
+/* The largest logit of each row. */
+#include "floats.h"
+
+/* Index of a row's largest number, the first of equals; of its first NaN, if there is one. */
+INLINE int64_t largest(const char *row, int64_t width, int type) {
+    int size = size_of(type), rest = width % LANES;
+    int64_t whole = width - rest;
+    vec best = splat(-__builtin_inff());
+    ints block = {0}, unordered = {0};
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vec x = load(row + i * size, type);
+        ints more = x > best;
+        best = choose(more, x, best);
+        block = (more & (int32_t)(i / LANES)) | (~more & block);
+        unordered |= x != x;
+    }
+    int64_t found = width ? 0 : -1;
+    float most = -__builtin_inff();
+    int nan = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        int64_t at = (int64_t)block[lane] * LANES + lane;
+        nan |= unordered[lane];
+        if (whole && (best[lane] > most || (best[lane] == most && at < found))) {
+            most = best[lane];
+            found = at;
+        }
+    }
+    for (int64_t i = nan ? 0 : whole; i < width; i++) {
+        float x = load_part(row + i * size, 1, type)[0];
+        if (x != x) return i;
+        if (x > most) {
+            most = x;
+            found = i;
+        }
+    }
+    return found;
+}
+
+/* index: [M]; x: [M, N] of `type`, N < 2^31. */
+void octavo_argmax(int32_t *index, const char *x, int64_t num_rows, int64_t width, int type, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (int64_t r = 0; r < num_rows; r++) {
+        const char *row = x + r * width * size_of(type);
+        index[r] = (int32_t)(type == BF16 ? largest(row, width, BF16) : largest(row, width, FP32));
+    }
+}
