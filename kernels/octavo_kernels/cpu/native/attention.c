@@ -90,18 +90,18 @@ INLINE void score(float *scores, const vec *query, const char *keys, int count, 
     }
 }
 
-/* Four vectors, or two, of the output's columns, in registers over all tokens. */
+/* Four vectors, or two, of the output's columns, in registers over a block's tokens: sums of sums lose less. */
 INLINE void weigh_columns(vec *output, const float *weights, const char *values, int count, int step, int vectors,
                           int type) {
     vec own[4], pair[2];
-    for (int v = 0; v < vectors; v++) own[v] = output[v];
+    for (int v = 0; v < vectors; v++) own[v] = splat(0);
     for (int s = 0; s < count; s++, values += step)
         for (int v = 0; v < vectors; v += 2) {
             load_pair(pair, values + v * LANES * size_of(type), type);
             own[v] += weights[s] * pair[0];
             own[v + 1] += weights[s] * pair[1];
         }
-    for (int v = 0; v < vectors; v++) output[v] = own[v];
+    for (int v = 0; v < vectors; v++) output[v] += own[v];
 }
 
 /* Adds a block's values by their weights. */
