@@ -33,6 +33,10 @@ class Guided:
             return None
         return Guided(np.zeros(1, np.int64), self.scores[index : index + 1])
 
+    def among(self, rows: Int64s) -> Guided:
+        """As `guided` of a batch of these rows, ascending, of which all guided ones are."""
+        return Guided(np.searchsorted(rows, self.rows), self.scores)
+
 
 def guide(logits: Tensor, slots: Int32s, states: RequestStates) -> tuple[Bools, Guided | None]:
     """Takes the negative branches out of a step's rows.

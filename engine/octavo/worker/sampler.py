@@ -99,8 +99,15 @@ class Sampler:
     def _sample(self, logits: Tensor, slots: Int32s, guided: Guided | None) -> SamplerOutput:
         """Changes nothing but the random streams, which may be asked for the same step again."""
         features = self._states.sampling.features[slots]
+        if logits.is_cpu and not features.all():
+            return self._sample_apart(logits, slots, features, guided)
+        return self._sample_together(logits, slots, features, guided)
+
+    def _sample_together(
+        self, logits: Tensor, slots: Int32s, features: Features, guided: Guided | None
+    ) -> SamplerOutput:
         used = int(np.bitwise_or.reduce(features))
-        scores = logits.float() if used or guided is not None or not logits.is_cpu else logits
+        scores = logits.float()
         if scores is logits and (used & PROCESSORS or guided is not None):
             scores = scores.clone()
         if guided is not None:
@@ -123,6 +130,25 @@ class Sampler:
         if used & Feature.LOGPROBS:
             logprobs = self._logprobs(logits, scores, warped, slots, features, token_ids)
         return SamplerOutput(token_ids, logprobs, failed)
+
+    def _sample_apart(self, logits: Tensor, slots: Int32s, features: Features, guided: Guided | None) -> SamplerOutput:
+        """As `_sample`: rows that use nothing take their largest logit, and pay nothing for what others use."""
+        uses = features != 0
+        if guided is not None:
+            uses[guided.rows] = True
+        token_ids, best = _argmax(logits)
+        failed = [(row, reason) for row, reason in self._failures(logits, best, slots, features) if not uses[row]]
+        token_ids[[row for row, _ in failed]] = -1
+        rows = np.flatnonzero(uses)
+        if not len(rows):
+            return SamplerOutput(token_ids, failed=failed)
+        others = guided and guided.among(rows)
+        part = self._sample_together(logits[torch.from_numpy(rows)], slots[rows], features[rows], others)
+        token_ids[rows] = part.token_ids
+        if part.logprobs is not None:
+            part.logprobs.rows = rows[part.logprobs.rows].astype(np.int32)
+        failed += [(int(rows[row]), reason) for row, reason in part.failed]
+        return SamplerOutput(token_ids, part.logprobs, sorted(failed))
 
     def _failures(self, logits: Tensor, best: Float32s, slots: Int32s, features: Features) -> list[tuple[int, Reason]]:
         """Rows without a choice, seen from their largest score: NaN is larger than anything."""
