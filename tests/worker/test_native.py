@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,20 +26,62 @@ needs_bf16 = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What the compiler was asked for; a copy of the kernels in use comes at once."""
+    asked: list[Path] = []
+
+    def compile_at_once(compiler: list[str], output: Path) -> None:
+        asked.append(output)
+        shutil.copy(native.loaded()._name, output)
+
+    native.library()
+    monkeypatch.setattr(native, "_compile", compile_at_once)
+    return asked
+
+
 @needs_kernels
-def test_a_second_build_finds_the_first(tmp_path: Path) -> None:
+def test_a_second_build_finds_the_first(tmp_path: Path, compilations: list[Path]) -> None:
     path = native.build(tmp_path)
-    written = path.stat().st_mtime_ns
     assert native.build(tmp_path) == path
-    assert path.stat().st_mtime_ns == written
+    assert len(compilations) == 1
     assert os.listdir(tmp_path) == [path.name]
 
 
 @needs_kernels
-def test_what_others_may_write_is_not_loaded(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
-    with pytest.raises(native.BuildError, match="OCTAVO_CACHE_DIR"):
+@pytest.mark.parametrize("left", [0, 5000])
+def test_a_damaged_library_is_made_anew(left: int, tmp_path: Path, compilations: list[Path]) -> None:
+    path = native.build(tmp_path)
+    os.truncate(path, left)
+    assert native.build(tmp_path) == path
+    assert len(compilations) == 2
+    assert native._is_whole(path)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@needs_kernels
+@pytest.mark.parametrize("writable", ["folder", "file"])
+def test_what_others_may_write_is_not_loaded(writable: str, tmp_path: Path, compilations: list[Path]) -> None:
+    path = native.build(tmp_path)
+    (tmp_path if writable == "folder" else path).chmod(0o777)
+    with pytest.raises(PermissionError, match="others may write"):
         native.build(tmp_path)
+    used = native._obtain([tmp_path, Path("/proc/none")])._name  # nor where nothing can be made
+    assert not used.startswith((str(tmp_path), "/proc")) and not os.path.exists(used)
+
+
+def test_there_may_be_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OCTAVO_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert [place.name for place in native._folders()] == [f"octavo-{os.getuid()}"]
+
+
+@needs_kernels
+def test_threads_are_those_of_torch() -> None:
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    found = {line.split()[-1] for line in maps if re.search(r"/lib(gomp|omp|iomp5)\b[^/]*$", line)}
+    assert len(found) == 1
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -142,8 +186,7 @@ def test_narrower_processors_compute_the_same(machine: str, tmp_path: Path, monk
         return kernel.attend(plan, qkv, cache, 0.3)
 
     expected = [attended(dtype) for dtype in native.TYPES]
-    narrower = ["-O3", f"-march={machine}", *(flag for flag in native.FLAGS if not flag.startswith(("-O", "-march")))]
-    monkeypatch.setattr(native, "FLAGS", narrower)
+    monkeypatch.setattr(native, "FLAGS_FOR_MACHINE", [["-march=no-such"], [f"-march={machine}"]])
     library = native._load(native.build(tmp_path))
     monkeypatch.setattr(native, "loaded", lambda: library)
     for dtype, before in zip(native.TYPES, expected, strict=True):
@@ -168,6 +211,48 @@ def test_every_fp8_number_is_read_exactly_and_the_nearest_is_written() -> None:
     assert torch.equal(kernel.attend(plan, qkv, cache, 1.0), reference.to_fp8(values, 1.0).float())
 
 
+@needs_kernels
+def test_a_row_longer_than_its_table_is_refused() -> None:
+    kernel, loc, table = NativeAttention(2, 16, 16, torch.float32), np.array([0, 1], np.int32), np.ones((1, 2), np.int32)
+    kernel.plan(2, np.array([31]), loc, np.array([32], np.int32), table, 1)
+    with pytest.raises(IndexError, match="33 tokens are not in tables of 2 blocks"):
+        kernel.plan(2, np.array([31]), loc, np.array([33], np.int32), table, 1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("head_size", [8, 24, 72, 256])
+def test_any_number_of_threads_gives_the_same_bits(head_size: int) -> None:
+    """More than there are queries or heads, and changed after the plan."""
+    kernel, cache = NativeAttention(3, head_size, 16, torch.bfloat16), torch.randn(2, 5, 3, 16, head_size).bfloat16()
+    qkv, loc, lens = torch.randn(2, 9 * head_size), np.arange(3, dtype=np.int32), np.array([32, 19], np.int32)
+    tables, slots = np.array([[1, 2], [3, 4]], np.int32), np.array([47, 66])
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for planned, used in ((1, 1), (7, 7), (2, 5), (5, 2)):
+            torch.set_num_threads(planned)
+            plan = kernel.plan(5, slots, loc, lens, tables, 2)
+            torch.set_num_threads(used)
+            kernel.write(plan, qkv, cache)
+            found.append(kernel.attend(plan, qkv, cache, 0.3))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+    expected = reference.paged_attention(
+        qkv, cache, torch.from_numpy(tables), torch.from_numpy(lens - 1), [0, 1, 2], lens.tolist(), 2, scale=0.3
+    )
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
+
+
+@needs_kernels
+def test_a_step_of_no_tokens_is_nothing() -> None:
+    kernel, cache = NativeAttention(2, 16, 16, torch.float32), torch.zeros(2, 2, 2, 16, 16)
+    none, nothing = np.zeros(0, np.int32), torch.zeros(0, 96)
+    plan = kernel.plan(2, none.astype(np.int64), np.zeros(1, np.int32), none, np.zeros((0, 1), np.int32), 0)
+    kernel.write(plan, nothing, cache)
+    assert kernel.attend(plan, nothing, cache, 1.0).shape == (0, 32)
+
+
 def test_heads_beyond_the_kernel_s_registers_are_torch_s() -> None:
     assert not native_attention.supports(torch.float32, 257)
-    assert not native_attention.supports(torch.float64, 64)
+    assert not native_attention.supports(torch.float16, 64)
