@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from octavo.llm import LLM
 from octavo_kernels import reference
 from octavo_kernels.activations import ACTIVATIONS
 from octavo_kernels.checks import FP8
@@ -24,6 +25,8 @@ needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"no C kerne
 needs_bf16 = pytest.mark.skipif(
     native.library() is None or not native.loaded().octavo_has_linear(), reason="no AVX512_BF16"
 )
+
+PROMPTS = ["I met a traveller from an antique land, who said", "Once upon a time", "It was the best of times, " * 9]
 
 
 @pytest.fixture
@@ -42,8 +45,8 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 @needs_kernels
 def test_a_second_build_finds_the_first(tmp_path: Path, compilations: list[Path]) -> None:
-    path = native.build(tmp_path)
-    assert native.build(tmp_path) == path
+    path = Path(native._obtain([tmp_path])._name)
+    assert native._obtain([tmp_path])._name == str(path)
     assert len(compilations) == 1
     assert os.listdir(tmp_path) == [path.name]
 
@@ -51,9 +54,12 @@ def test_a_second_build_finds_the_first(tmp_path: Path, compilations: list[Path]
 @needs_kernels
 @pytest.mark.parametrize("left", [0, 5000])
 def test_a_damaged_library_is_made_anew(left: int, tmp_path: Path, compilations: list[Path]) -> None:
-    path = native.build(tmp_path)
-    os.truncate(path, left)
-    assert native.build(tmp_path) == path
+    path = Path(native._obtain([tmp_path])._name)
+    content = path.read_bytes()
+    path.unlink()  # it is loaded
+    path.write_bytes(content[:left])
+    path.chmod(0o700)
+    assert native._obtain([tmp_path])._name == str(path)
     assert len(compilations) == 2
     assert native._is_whole(path)
     assert os.listdir(tmp_path) == [path.name]
@@ -62,12 +68,20 @@ def test_a_damaged_library_is_made_anew(left: int, tmp_path: Path, compilations:
 @needs_kernels
 @pytest.mark.parametrize("writable", ["folder", "file"])
 def test_what_others_may_write_is_not_loaded(writable: str, tmp_path: Path, compilations: list[Path]) -> None:
-    path = native.build(tmp_path)
+    path = Path(native._obtain([tmp_path])._name)
     (tmp_path if writable == "folder" else path).chmod(0o777)
-    with pytest.raises(PermissionError, match="others may write"):
-        native.build(tmp_path)
-    used = native._obtain([tmp_path, Path("/proc/none")])._name  # nor where nothing can be made
-    assert not used.startswith((str(tmp_path), "/proc")) and not os.path.exists(used)
+    used = Path(native._obtain([tmp_path])._name)
+    assert len(compilations) == 2
+    if writable == "folder":
+        assert used.parent != tmp_path and not used.exists()
+    else:
+        assert used == path and path.stat().st_mode & 0o777 == 0o700
+
+
+@needs_kernels
+def test_where_nothing_can_be_kept_kernels_are_had_nevertheless(compilations: list[Path]) -> None:
+    assert not os.path.exists(native._obtain([Path("/proc/none"), Path("/dev/null")])._name)
+    assert len(compilations) == 1
 
 
 def test_there_may_be_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +201,7 @@ def test_narrower_processors_compute_the_same(machine: str, tmp_path: Path, monk
 
     expected = [attended(dtype) for dtype in native.TYPES]
     monkeypatch.setattr(native, "FLAGS_FOR_MACHINE", [["-march=no-such"], [f"-march={machine}"]])
-    library = native._load(native.build(tmp_path))
+    library = native._obtain([tmp_path])
     monkeypatch.setattr(native, "loaded", lambda: library)
     for dtype, before in zip(native.TYPES, expected, strict=True):
         torch.testing.assert_close(attended(dtype), before, rtol=1e-5, atol=1e-6, msg=str(dtype))
@@ -213,7 +227,8 @@ def test_every_fp8_number_is_read_exactly_and_the_nearest_is_written() -> None:
 
 @needs_kernels
 def test_a_row_longer_than_its_table_is_refused() -> None:
-    kernel, loc, table = NativeAttention(2, 16, 16, torch.float32), np.array([0, 1], np.int32), np.ones((1, 2), np.int32)
+    kernel, loc = NativeAttention(2, 16, 16, torch.float32), np.array([0, 1], np.int32)
+    table = np.ones((1, 2), np.int32)
     kernel.plan(2, np.array([31]), loc, np.array([32], np.int32), table, 1)
     with pytest.raises(IndexError, match="33 tokens are not in tables of 2 blocks"):
         kernel.plan(2, np.array([31]), loc, np.array([33], np.int32), table, 1)
@@ -256,3 +271,18 @@ def test_a_step_of_no_tokens_is_nothing() -> None:
 def test_heads_beyond_the_kernel_s_registers_are_torch_s() -> None:
     assert not native_attention.supports(torch.float32, 257)
     assert not native_attention.supports(torch.float16, 64)
+
+
+@needs_kernels
+def test_torch_s_operators_give_the_same_greedy_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the engine's facts tell which attend."""
+
+    def answers() -> tuple[str, list[list[int]]]:
+        with LLM("demo", device="cpu", dtype="float32", num_threads=1) as llm:
+            outputs = llm.generate(PROMPTS, do_sample=False, max_new_tokens=24)
+            return llm.info.attention_backend, [output.token_ids for output in outputs]
+
+    name, tokens = answers()
+    assert name == "cpu-native"
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert answers() == ("cpu-paged-flash", tokens)

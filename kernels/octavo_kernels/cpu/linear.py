@@ -168,7 +168,8 @@ class NativeLinear:
         x = x.contiguous()
         y = x.new_empty(len(x), self.outputs)
         assert x.dtype == torch.bfloat16 and x.shape[1] == self.inputs
-        assert residual is None or (residual.dtype == x.dtype and residual.shape == y.shape and residual.is_contiguous())
+        if residual is not None:
+            assert residual.dtype == x.dtype and residual.shape == y.shape and residual.is_contiguous()
         self._library.octavo_linear(
             y.data_ptr(),
             x.data_ptr(),

@@ -9,6 +9,7 @@ by every process. OCTAVO_NATIVE=0 does without. Threads are torch's own, see thr
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -79,7 +80,7 @@ def must_compile() -> bool:
         name = _name(_compiler())
     except (BuildError, OSError):
         return False
-    return not any((place / name).exists() for place in _folders())
+    return not any(_is_kept(place / name) for place in _folders())
 
 
 @functools.cache
@@ -94,19 +95,31 @@ def _outcome() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _obtain(places: list[Path]) -> ctypes.CDLL:
-    """From the first of `places` that may hold it; else from a folder that is gone when it is loaded."""
+    """What one of the folders `places` holds; else compiled, and kept in the first of them that can hold it.
+
+    Raises BuildError, and OSError if it can be loaded from nowhere.
+    """
+    compiler = _compiler()
+    name = _name(compiler)
     for place in places:
-        try:
-            return _load(build(place))
-        except OSError as error:  # not allowed, read-only, full, someone else's
-            log.info("compiled kernels are not kept in %s: %s", place, error)
-    with tempfile.TemporaryDirectory(prefix="octavo-") as place:
-        return _load(build(Path(place)))
+        if _is_kept(place / name):
+            with contextlib.suppress(OSError):  # mounted noexec since, or of another architecture
+                return _load(place / name)
+    with tempfile.TemporaryDirectory(prefix="octavo-") as scratch:
+        made = Path(scratch) / name
+        _compile(compiler, made)
+        _seal(made)
+        for place in places:
+            try:
+                return _load(_keep(made, place))
+            except OSError as error:  # not allowed, read-only, full, someone else's
+                log.info("compiled kernels are not kept in %s: %s", place, error)
+        return _load(made)
 
 
 def _load(path: Path) -> ctypes.CDLL:
     """Raises OSError for what is not our library, BuildError if torch has no OpenMP library."""
-    loaded = ctypes.CDLL(str(path))
+    loaded = ctypes.CDLL(str(path.absolute()))  # a bare name would be looked for elsewhere
     try:
         for name, arguments in SIGNATURES.items():
             function = getattr(loaded, name)
@@ -128,28 +141,26 @@ def _threads() -> int | None:
         raise BuildError(f"no OpenMP threads of torch's: {error}") from error
 
 
-def build(place: Path) -> Path:
-    """Compiles what is not in the folder `place` yet. Returns the library's path.
-
-    Raises BuildError, and OSError if `place` cannot hold it.
-    """
-    compiler = _compiler()
-    path = place.absolute() / _name(compiler)  # absolute: the loader would look elsewhere for a bare name
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _check_ours(path.parent)
-    if os.statvfs(path.parent).f_flag & os.ST_NOEXEC:
-        raise PermissionError(f"{path.parent} is mounted noexec")
-    if path.exists():
+def _is_kept(path: Path) -> bool:
+    try:
+        _check_ours(path.parent)
         _check_ours(path)
-        if _is_whole(path):
-            return path
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = Path(scratch) / path.name
-        _compile(compiler, made)
-        made.chmod(0o700)
-        _seal(made)
-        made.replace(path)  # at once, whoever else builds at the same time
-    return path
+        return _is_whole(path)
+    except OSError:
+        return False
+
+
+def _keep(made: Path, place: Path) -> Path:
+    """A copy in `place`. Raises OSError if it cannot hold one."""
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_ours(place)
+    if os.statvfs(place).f_flag & os.ST_NOEXEC:
+        raise PermissionError(f"{place} is mounted noexec")
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        copy = shutil.copyfile(made, Path(scratch) / made.name)
+        copy.chmod(0o700)
+        copy.replace(place / made.name)  # at once, whoever else does it at the same time
+    return place / made.name
 
 
 def _seal(path: Path) -> None:
@@ -220,6 +231,8 @@ def _compile(compiler: list[str], output: Path) -> None:
         done = _run([*compiler, *FLAGS, *machine, "-o", str(output), *inputs])
         if done.returncode == 0:
             return
+        if machine and machine[0].split("=")[0] not in done.stderr:
+            break  # that was not it
     lines = done.stderr.strip().splitlines()
     cause = next((line for line in lines if "error" in line), lines[-1] if lines else f"status {done.returncode}")
     raise BuildError(f"{Path(compiler[0]).name} failed: {cause[:300]}")
