@@ -150,6 +150,13 @@ def test_a_row_s_product_has_the_same_bits_alone_and_among_others() -> None:
 
 
 @needs_bf16
+def test_with_amx_onednn_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert linear.choose_kind(torch.bfloat16, None) == LinearKind.NATIVE
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert linear.choose_kind(torch.bfloat16, None) == LinearKind.ONEDNN
+
+
+@needs_bf16
 def test_an_odd_number_of_inputs_is_onednn_s() -> None:
     layer = linear.pack(torch.randn(8, 5), None, LinearKind.NATIVE)
     assert isinstance(layer, OnednnLinear)
