@@ -13,9 +13,9 @@ alone, plain  one plain request
 They take their steps in turns, so that a slow second of the machine is everybody's, and change places every round.
 Ratios are of the steps of one turn; `nothing` is all of this without any parameter.
 
-`others` is what the 63 plain requests pay because one beside them uses the parameter: what that one adds beyond what it
-adds when alone, over a plain step: (one - plain - (alone - alone, plain)) / plain. The differences are of what steps take
-without the model, which is the same with any parameter and moves by more than is looked for.
+`others` is what the 63 plain requests pay because one beside them uses the parameter: what that one adds beyond what
+it adds when alone, over a plain step: (one - plain - (alone - alone, plain)) / plain. The differences are of what steps
+take without the model, which is the same with any parameter and moves by more than is looked for.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from octavo.llm import LLM
 from octavo_kernels import reference
 from octavo_kernels.activations import ACTIVATIONS
 from octavo_kernels.checks import FP8
@@ -24,21 +27,76 @@ needs_bf16 = pytest.mark.skipif(
     native.library() is None or not native.loaded().octavo_has_linear(), reason="no AVX512_BF16"
 )
 
+PROMPTS = ["I met a traveller from an antique land, who said", "Once upon a time", "It was the best of times, " * 9]
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What the compiler was asked for; a copy of the kernels in use comes at once."""
+    asked: list[Path] = []
+
+    def compile_at_once(compiler: list[str], output: Path) -> None:
+        asked.append(output)
+        shutil.copy(native.loaded()._name, output)
+
+    native.library()
+    monkeypatch.setattr(native, "_compile", compile_at_once)
+    return asked
+
 
 @needs_kernels
-def test_a_second_build_finds_the_first(tmp_path: Path) -> None:
-    path = native.build(tmp_path)
-    written = path.stat().st_mtime_ns
-    assert native.build(tmp_path) == path
-    assert path.stat().st_mtime_ns == written
+def test_a_second_build_finds_the_first(tmp_path: Path, compilations: list[Path]) -> None:
+    path = Path(native._obtain([tmp_path])._name)
+    assert native._obtain([tmp_path])._name == str(path)
+    assert len(compilations) == 1
     assert os.listdir(tmp_path) == [path.name]
 
 
 @needs_kernels
-def test_what_others_may_write_is_not_loaded(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
-    with pytest.raises(native.BuildError, match="OCTAVO_CACHE_DIR"):
-        native.build(tmp_path)
+@pytest.mark.parametrize("left", [0, 5000])
+def test_a_damaged_library_is_made_anew(left: int, tmp_path: Path, compilations: list[Path]) -> None:
+    path = Path(native._obtain([tmp_path])._name)
+    content = path.read_bytes()
+    path.unlink()  # it is loaded
+    path.write_bytes(content[:left])
+    path.chmod(0o700)
+    assert native._obtain([tmp_path])._name == str(path)
+    assert len(compilations) == 2
+    assert native._is_whole(path)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@needs_kernels
+@pytest.mark.parametrize("writable", ["folder", "file"])
+def test_what_others_may_write_is_not_loaded(writable: str, tmp_path: Path, compilations: list[Path]) -> None:
+    path = Path(native._obtain([tmp_path])._name)
+    (tmp_path if writable == "folder" else path).chmod(0o777)
+    used = Path(native._obtain([tmp_path])._name)
+    assert len(compilations) == 2
+    if writable == "folder":
+        assert used.parent != tmp_path and not used.exists()
+    else:
+        assert used == path and path.stat().st_mode & 0o777 == 0o700
+
+
+@needs_kernels
+def test_where_nothing_can_be_kept_kernels_are_had_nevertheless(compilations: list[Path]) -> None:
+    assert not os.path.exists(native._obtain([Path("/proc/none"), Path("/dev/null")])._name)
+    assert len(compilations) == 1
+
+
+def test_there_may_be_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OCTAVO_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert [place.name for place in native._folders()] == [f"octavo-{os.getuid()}"]
+
+
+@needs_kernels
+def test_threads_are_those_of_torch() -> None:
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    found = {line.split()[-1] for line in maps if re.search(r"/lib(gomp|omp|iomp5)\b[^/]*$", line)}
+    assert len(found) == 1
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -93,6 +151,13 @@ def test_a_row_s_product_has_the_same_bits_alone_and_among_others() -> None:
 
 
 @needs_bf16
+def test_with_amx_onednn_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert linear.choose_kind(torch.bfloat16, None) == LinearKind.NATIVE
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert linear.choose_kind(torch.bfloat16, None) == LinearKind.ONEDNN
+
+
+@needs_bf16
 def test_an_odd_number_of_inputs_is_onednn_s() -> None:
     layer = linear.pack(torch.randn(8, 5), None, LinearKind.NATIVE)
     assert isinstance(layer, OnednnLinear)
@@ -143,9 +208,8 @@ def test_narrower_processors_compute_the_same(machine: str, tmp_path: Path, monk
         return kernel.attend(plan, qkv, cache, 0.3)
 
     expected = [attended(dtype) for dtype in native.TYPES]
-    narrower = ["-O3", f"-march={machine}", *(flag for flag in native.FLAGS if not flag.startswith(("-O", "-march")))]
-    monkeypatch.setattr(native, "FLAGS", narrower)
-    library = native._load(native.build(tmp_path))
+    monkeypatch.setattr(native, "FLAGS_FOR_MACHINE", [["-march=no-such"], [f"-march={machine}"]])
+    library = native._obtain([tmp_path])
     monkeypatch.setattr(native, "loaded", lambda: library)
     for dtype, before in zip(native.TYPES, expected, strict=True):
         torch.testing.assert_close(attended(dtype), before, rtol=1e-5, atol=1e-6, msg=str(dtype))
@@ -182,6 +246,64 @@ def test_the_first_of_the_largest_or_the_first_nan_is_found(dtype: torch.dtype) 
         assert argmax.argmax(scores).tolist() == scores.float().numpy().argmax(axis=1).tolist()
 
 
+@needs_kernels
+def test_a_row_longer_than_its_table_is_refused() -> None:
+    kernel, loc = NativeAttention(2, 16, 16, torch.float32), np.array([0, 1], np.int32)
+    table = np.ones((1, 2), np.int32)
+    kernel.plan(2, np.array([31]), loc, np.array([32], np.int32), table, 1)
+    with pytest.raises(IndexError, match="33 tokens are not in tables of 2 blocks"):
+        kernel.plan(2, np.array([31]), loc, np.array([33], np.int32), table, 1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("head_size", [8, 24, 72, 256])
+def test_any_number_of_threads_gives_the_same_bits(head_size: int) -> None:
+    """More than there are queries or heads, and changed after the plan."""
+    kernel, cache = NativeAttention(3, head_size, 16, torch.bfloat16), torch.randn(2, 5, 3, 16, head_size).bfloat16()
+    qkv, loc, lens = torch.randn(2, 9 * head_size), np.arange(3, dtype=np.int32), np.array([32, 19], np.int32)
+    tables, slots = np.array([[1, 2], [3, 4]], np.int32), np.array([47, 66])
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for planned, used in ((1, 1), (7, 7), (2, 5), (5, 2)):
+            torch.set_num_threads(planned)
+            plan = kernel.plan(5, slots, loc, lens, tables, 2)
+            torch.set_num_threads(used)
+            kernel.write(plan, qkv, cache)
+            found.append(kernel.attend(plan, qkv, cache, 0.3))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+    expected = reference.paged_attention(
+        qkv, cache, torch.from_numpy(tables), torch.from_numpy(lens - 1), [0, 1, 2], lens.tolist(), 2, scale=0.3
+    )
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
+
+
+@needs_kernels
+def test_a_step_of_no_tokens_is_nothing() -> None:
+    kernel, cache = NativeAttention(2, 16, 16, torch.float32), torch.zeros(2, 2, 2, 16, 16)
+    none, nothing = np.zeros(0, np.int32), torch.zeros(0, 96)
+    plan = kernel.plan(2, none.astype(np.int64), np.zeros(1, np.int32), none, np.zeros((0, 1), np.int32), 0)
+    kernel.write(plan, nothing, cache)
+    assert kernel.attend(plan, nothing, cache, 1.0).shape == (0, 32)
+
+
 def test_heads_beyond_the_kernel_s_registers_are_torch_s() -> None:
     assert not native_attention.supports(torch.float32, 257)
-    assert not native_attention.supports(torch.float64, 64)
+    assert not native_attention.supports(torch.float16, 64)
+
+
+@needs_kernels
+def test_torch_s_operators_give_the_same_greedy_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the engine's facts tell which attend."""
+
+    def answers() -> tuple[str, list[list[int]]]:
+        with LLM("demo", device="cpu", dtype="float32", num_threads=1) as llm:
+            outputs = llm.generate(PROMPTS, do_sample=False, max_new_tokens=24)
+            return llm.info.attention_backend, [output.token_ids for output in outputs]
+
+    name, tokens = answers()
+    assert name == "cpu-native"
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert answers() == ("cpu-paged-flash", tokens)

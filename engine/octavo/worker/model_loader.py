@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from octavo_kernels.cpu import native
 from torch import Tensor
 
 from octavo.checkpoint import ModelSpec, read_spec
@@ -98,6 +99,8 @@ def load_model(config: EngineConfig, progress: Callable[[str], None]) -> LoadedM
     dtype = choose_dtype(config.model, spec, device)
     cache_dtype = choose_cache_dtype(config.cache, dtype)
     progress(f"device: {describe_device(device, config.model.device)}, dtype {_name(dtype)}")
+    if device.type == "cpu" and not uses_kernels(config.model.device, device) and native.must_compile():
+        progress("compiling the CPU's kernels, which takes some seconds")
     if config.model.num_threads:
         torch.set_num_threads(config.model.num_threads)
     if device.type == "cpu":  # what cannot work is said before the weights are read; a GPU's memory is known after

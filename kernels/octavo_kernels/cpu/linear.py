@@ -82,8 +82,7 @@ def choose_kind(dtype: torch.dtype, quantization: str | None) -> LinearKind:
     if dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return LinearKind.ONEDNN
     if dtype == torch.bfloat16 and has_native_bf16():
-        library = native.library()
-        return LinearKind.NATIVE if library is not None and library.octavo_has_linear() else LinearKind.ONEDNN
+        return LinearKind.NATIVE if native_multiplies_best() else LinearKind.ONEDNN
     return LinearKind.FP16 if dtype != torch.float32 and has_fbgemm else LinearKind.PLAIN
 
 
@@ -91,6 +90,12 @@ def has_native_bf16() -> bool:
     """Whether the CPU has bf16 multiplications and oneDNN uses them."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return native and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def native_multiplies_best() -> bool:
+    """With AMX, which native/linear.c does not use, oneDNN multiplies many rows several times faster."""
+    library = native.library()
+    return library is not None and bool(library.octavo_has_linear()) and not torch.cpu._is_amx_tile_supported()
 
 
 def activation_dtype(kind: LinearKind, dtype: torch.dtype) -> torch.dtype:
@@ -162,7 +167,9 @@ class NativeLinear:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.contiguous()
         y = x.new_empty(len(x), self.outputs)
-        assert x.dtype == torch.bfloat16 and (residual is None or residual.is_contiguous())
+        assert x.dtype == torch.bfloat16 and x.shape[1] == self.inputs
+        if residual is not None:
+            assert residual.dtype == x.dtype and residual.shape == y.shape and residual.is_contiguous()
         self._library.octavo_linear(
             y.data_ptr(),
             x.data_ptr(),

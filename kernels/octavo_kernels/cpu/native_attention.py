@@ -58,6 +58,7 @@ class NativeAttention:
     """What PagedAttention does, over the same cache of [2, N, H, S, D] per layer."""
 
     def __init__(self, num_heads: int, head_size: int, block_size: int, cache_dtype: torch.dtype) -> None:
+        assert block_size % LANES == 0  # scores of a block are written in whole vectors
         self.num_heads = num_heads
         self.head_size = head_size
         self.block_size = block_size
@@ -74,13 +75,16 @@ class NativeAttention:
         block_tables: Int32s,
         num_decode_rows: int,
     ) -> NativePlan:
-        """As `PagedAttention.plan`. Raises IndexError for a slot or block outside of the cache."""
+        """As `PagedAttention.plan`. Raises IndexError for a slot or block outside of the cache, or a row longer than
+        its table."""
         for what, found, end in (
             ("slot", slot_mapping, num_blocks * self.block_size),
             ("block", block_tables, num_blocks),
         ):
             if found.size and not 0 <= found.min() <= found.max() < end:
                 raise IndexError(f"{what} {found.min()} or {found.max()} is not in the cache's 0 to {end - 1}")
+        if seq_lens.max(initial=0) > block_tables.shape[1] * self.block_size:
+            raise IndexError(f"{seq_lens.max()} tokens are not in tables of {block_tables.shape[1]} blocks")
         sizes = np.diff(query_start_loc)
         single = sizes <= MOST_QUERIES
         rows = np.repeat(np.flatnonzero(single), sizes[single]).astype(np.int32)
@@ -108,11 +112,17 @@ class NativeAttention:
             self._scores = torch.empty(threads, self.num_heads, max(2 * self._scores.shape[2], width))
         return self._scores
 
+    def _check(self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor) -> None:
+        """C reads what it is told to read."""
+        assert qkv.shape == (len(plan.slot_mapping), 3 * self.num_heads * self.head_size)
+        assert layer_cache.shape == (2, plan.num_blocks, self.num_heads, self.block_size, self.head_size)
+        assert qkv.is_contiguous() and layer_cache.is_contiguous() and layer_cache.dtype == self.cache_dtype
+
     def write(
         self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0
     ) -> None:
         """`reference.kv_write`. qkv: [T, 3 * E] contiguous."""
-        assert qkv.is_contiguous() and layer_cache.is_contiguous()
+        self._check(plan, qkv, layer_cache)
         native.loaded().octavo_write(
             qkv.data_ptr(),
             native.TYPES[qkv.dtype],
@@ -140,6 +150,7 @@ class NativeAttention:
         v_scale: float = 1.0,
     ) -> Tensor:
         """`reference.paged_attention`, after `write`. Any float type; everything inside is fp32."""
+        self._check(plan, qkv, layer_cache)
         output = qkv.new_empty(len(qkv), self.num_heads * self.head_size)
         if len(plan.tokens):
             self._attend_singly(plan, qkv, layer_cache, scale * k_scale, v_scale, output)

@@ -1,5 +1,6 @@
 /* The largest logit of each row. */
 #include "floats.h"
+#include "threads.h"
 
 /* Index of a row's largest number, the first of equals; of its first NaN, if there is one. */
 INLINE int64_t largest(const char *row, int64_t width, int type) {
@@ -36,11 +37,23 @@ INLINE int64_t largest(const char *row, int64_t width, int type) {
     return found;
 }
 
-/* index: [M]; x: [M, N] of `type`, N < 2^31. */
-void octavo_argmax(int32_t *index, const char *x, int64_t num_rows, int64_t width, int type, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-    for (int64_t r = 0; r < num_rows; r++) {
-        const char *row = x + r * width * size_of(type);
-        index[r] = (int32_t)(type == BF16 ? largest(row, width, BF16) : largest(row, width, FP32));
+struct rows {
+    int32_t *index;
+    const char *x;
+    int64_t num_rows, width, next;
+    int type;
+};
+
+static void search_rows(void *data) {
+    struct rows *p = data;
+    for (int64_t r; (r = take(&p->next)) < p->num_rows;) {
+        const char *row = p->x + r * p->width * size_of(p->type);
+        p->index[r] = (int32_t)(p->type == BF16 ? largest(row, p->width, BF16) : largest(row, p->width, FP32));
     }
+}
+
+/* index: [M]; x: [M, N] of `type`, fp32 or bf16; N < 2^31. */
+void octavo_argmax(int32_t *index, const char *x, int64_t num_rows, int64_t width, int type, int num_threads) {
+    struct rows rows = {index, x, num_rows, width, 0, type};
+    in_threads(search_rows, &rows, num_threads < num_rows ? num_threads : (int)num_rows);
 }

@@ -3,6 +3,7 @@
    The cache of a layer is [2, num_blocks, heads, block_size, head_size]. A query's result depends on its own blocks
    only, with the same bits whatever else is in the batch. */
 #include "floats.h"
+#include "threads.h"
 
 struct cache {
     char *data;
@@ -33,30 +34,30 @@ INLINE void load_pair(vec pair[2], const char *from, int type) {
 INLINE void order(vec pair[2], int type) {
     vec a = pair[0], b = pair[1];
     if (type != BF16) return;
-    pair[0] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    pair[1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    pair[0] = SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    pair[1] = SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 INLINE void restore(vec pair[2], int type) {
     vec a = pair[0], b = pair[1];
     if (type != BF16) return;
-    pair[0] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    pair[1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    pair[0] = SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    pair[1] = SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
 /* The sums of 16 vectors, in order: each step adds halves of groups of lanes, for two vectors at once. */
 INLINE vec sums(vec x[16]) {
     for (int i = 0; i < 8; i++)
-        x[i] = __builtin_shufflevector(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               __builtin_shufflevector(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        x[i] = SHUFFLE(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               SHUFFLE(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     for (int i = 0; i < 4; i++)
-        x[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-               __builtin_shufflevector(x[i], x[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+        x[i] = SHUFFLE(x[i], x[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               SHUFFLE(x[i], x[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
     for (int i = 0; i < 2; i++)
-        x[i] = __builtin_shufflevector(x[i], x[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               __builtin_shufflevector(x[i], x[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return __builtin_shufflevector(x[0], x[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           __builtin_shufflevector(x[0], x[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+        x[i] = SHUFFLE(x[i], x[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               SHUFFLE(x[i], x[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return SHUFFLE(x[0], x[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           SHUFFLE(x[0], x[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
 /* The products, lane by lane, of a query with one key. */
@@ -170,6 +171,47 @@ INLINE void attend(char *to, const char *from, int qkv_type, const struct cache 
     }
 }
 
+/* What octavo_attend is asked for, in pieces: `parts` ranges of heads of each query. */
+struct attention {
+    struct cache cache;
+    char *output;
+    const char *qkv;
+    int qkv_type;
+    const int32_t *tokens, *rows, *lengths, *tables;
+    int64_t table_width;
+    float scale, v_scale, *scores;
+    int64_t scores_width, parts, num_pieces, next_piece, next_thread;
+};
+
+INLINE void attend_piece(const struct attention *a, int64_t piece, float *scores) {
+    const struct cache *c = &a->cache;
+    int64_t q = piece / a->parts, part = piece % a->parts, token = a->tokens[q];
+    int first = part * c->heads / a->parts, last = (part + 1) * c->heads / a->parts;
+    int64_t width = (int64_t)c->heads * c->head_size * size_of(a->qkv_type);
+    const char *from = a->qkv + token * 3 * width;
+    char *to = a->output + token * width;
+    const int32_t *table = a->tables + a->rows[q] * a->table_width;
+#define ATTEND(size, type)                                                                                             \
+    attend(to, from, a->qkv_type, c, table, a->lengths[q], first, last, a->scale, a->v_scale, scores, a->scores_width, \
+           size, type)
+#define ATTEND_TYPE(type)                                                                                              \
+    case type:                                                                                                         \
+        if (c->head_size == 64) ATTEND(64, type);                                                                      \
+        else ATTEND(c->head_size, type);                                                                               \
+        break
+    switch (c->type) {
+        ATTEND_TYPE(FP32);
+        ATTEND_TYPE(BF16);
+        ATTEND_TYPE(FP8);
+    }
+}
+
+static void attend_pieces(void *data) {
+    struct attention *a = data;
+    float *scores = a->scores + take(&a->next_thread) * a->cache.heads * a->scores_width;
+    for (int64_t i; (i = take(&a->next_piece)) < a->num_pieces;) attend_piece(a, i, scores);
+}
+
 /* qkv: [T, 3 * heads * head_size], output: [T, heads * head_size], both of qkv_type. Query i is token tokens[i], whose
    row of `tables` (table_width wide) is rows[i]; it sees lengths[i] tokens. Scores are multiplied by `scale`, which
    includes the keys', the result by v_scale. scores: fp32 [num_threads, heads, scores_width], scores_width a multiple
@@ -178,57 +220,53 @@ void octavo_attend(char *output, const char *qkv, int qkv_type, char *data, int 
                    int heads, int block_size, int head_size, const int32_t *tokens, const int32_t *rows,
                    const int32_t *lengths, int num_queries, const int32_t *tables, int64_t table_width, float scale,
                    float v_scale, float *scores, int64_t scores_width, int num_threads) {
-    struct cache c = {data, cache_type, num_blocks, heads, block_size, head_size};
-    int width = heads * head_size * size_of(qkv_type);
-    int parts = num_queries >= 4 * num_threads || num_threads == 1 ? 1 : heads < num_threads ? heads : num_threads;
-#pragma omp parallel num_threads(num_threads)
-    {
-        extern int omp_get_thread_num(void);
-        float *own = scores + omp_get_thread_num() * heads * scores_width;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < (int64_t)num_queries * parts; i++) {
-            int q = i / parts, first = i % parts * heads / parts, last = (i % parts + 1) * heads / parts;
-            int64_t token = tokens[q];
-            const char *from = qkv + token * 3 * width;
-            char *to = output + token * width;
-            const int32_t *table = tables + rows[q] * table_width;
-#define ATTEND(size, type)                                                                                          \
-    attend(to, from, qkv_type, &c, table, lengths[q], first, last, scale, v_scale, own, scores_width, size, type)
-#define ATTEND_TYPE(type)                                                                                           \
-    case type:                                                                                                      \
-        if (head_size == 64) ATTEND(64, type);                                                                      \
-        else ATTEND(head_size, type);                                                                               \
-        break
-            switch (cache_type) {
-                ATTEND_TYPE(FP32);
-                ATTEND_TYPE(BF16);
-                ATTEND_TYPE(FP16);
-                ATTEND_TYPE(FP8);
-            }
-        }
+    int64_t few = heads < num_threads ? heads : num_threads;
+    int64_t parts = num_queries >= 4 * (int64_t)num_threads ? 1 : few;
+    struct attention a = {
+        {data, cache_type, num_blocks, heads, block_size, head_size}, output, qkv, qkv_type, tokens, rows, lengths,
+        tables, table_width, scale, v_scale, scores, scores_width, parts, num_queries * parts, 0, 0,
+    };
+    in_threads(attend_pieces, &a, num_threads);
+}
+
+struct writing {
+    struct cache cache;
+    const char *qkv;
+    int qkv_type;
+    const int64_t *slots;
+    float k_scale, v_scale;
+    int64_t num_tokens, next_token;
+};
+
+INLINE void write_token(const struct writing *w, int64_t t) {
+    const struct cache *c = &w->cache;
+    int from_size = size_of(w->qkv_type), to_size = size_of(c->type), heads = c->heads, head_size = c->head_size;
+    int64_t block = w->slots[t] / c->block_size, offset = w->slots[t] % c->block_size;
+    for (int line = 0; line < 2 * heads; line++) { /* all heads' keys, then all heads' values */
+        const char *from = w->qkv + ((t * 3 + 1) * heads + line) * head_size * from_size;
+        char *to = piece(c, line / heads, block, line % heads) + offset * head_size * to_size;
+        float scale = line < heads ? w->k_scale : w->v_scale;
+        int d = 0, rest = head_size % LANES;
+        for (; d + LANES <= head_size; d += LANES)
+            store(to + d * to_size, load(from + d * from_size, w->qkv_type) / scale, c->type);
+        if (rest)
+            store_part(to + d * to_size, load_part(from + d * from_size, rest, w->qkv_type) / scale, rest, c->type);
     }
+}
+
+static void write_tokens(void *data) {
+    struct writing *w = data;
+    for (int64_t t; (t = take(&w->next_token)) < w->num_tokens;) write_token(w, t);
 }
 
 /* Keys over k_scale and values over v_scale, of qkv [T, 3 * heads * head_size], to the slots (block * block_size +
    offset) of slot_mapping [T]. */
 void octavo_write(const char *qkv, int qkv_type, char *data, int cache_type, int64_t num_blocks, int heads,
-                  int block_size, int head_size, const int64_t *slot_mapping, int64_t num_tokens, float k_scale, float v_scale,
-                  int num_threads) {
-    struct cache c = {data, cache_type, num_blocks, heads, block_size, head_size};
-    int from_width = head_size * size_of(qkv_type), to_width = head_size * size_of(cache_type);
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-    for (int64_t t = 0; t < num_tokens; t++) {
-        int64_t block = slot_mapping[t] / block_size, offset = slot_mapping[t] % block_size;
-        for (int line = 0; line < 2 * heads; line++) { /* all heads' keys, then all heads' values */
-            const char *from = qkv + ((t * 3 + 1) * heads + line) * from_width;
-            char *to = piece(&c, line / heads, block, line % heads) + offset * to_width;
-            float scale = line < heads ? k_scale : v_scale;
-            int d = 0;
-            for (; d + LANES <= head_size; d += LANES)
-                store(to + d * size_of(cache_type), load(from + d * size_of(qkv_type), qkv_type) / scale, cache_type);
-            if (d < head_size)
-                store_part(to + d * size_of(cache_type),
-                           load_part(from + d * size_of(qkv_type), head_size - d, qkv_type) / scale, head_size - d, cache_type);
-        }
-    }
+                  int block_size, int head_size, const int64_t *slot_mapping, int64_t num_tokens, float k_scale,
+                  float v_scale, int num_threads) {
+    struct writing w = {
+        {data, cache_type, num_blocks, heads, block_size, head_size}, qkv, qkv_type, slot_mapping, k_scale, v_scale,
+        num_tokens, 0,
+    };
+    in_threads(write_tokens, &w, num_tokens > 1 ? num_threads : 1);
 }

@@ -1,24 +1,34 @@
-/* Vectors of 16 floats, loaded from and stored to fp32, bf16, fp16 or fp8. GCC and Clang; any machine, wide ones at once. */
+/* Vectors of 16 floats, loaded from and stored to fp32, bf16 or fp8. GCC 9 and Clang 12 on; any little-endian machine,
+   wide ones at once. (fp16 is no type of a model on the CPU.) */
 #ifndef OCTAVO_FLOATS_H
 #define OCTAVO_FLOATS_H
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "halves of numbers are taken apart as little-endian machines have them"
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 
-enum type { FP32 = 0, BF16 = 1, FP16 = 2, FP8 = 3 /* e4m3 */ }; /* as in native.py */
+enum type { FP32 = 0, BF16 = 1, FP8 = 2 /* e4m3 */ }; /* as in __init__.py */
 
 typedef float vec __attribute__((vector_size(64)));
 typedef uint32_t bits __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 typedef uint8_t bytes __attribute__((vector_size(16)));
-typedef _Float16 fp16s __attribute__((vector_size(32)));
+
+/* 16 of the 32 lanes of two vectors. GCC has the first form from 12 on. */
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
 
 INLINE int size_of(int type) { return type == FP32 ? 4 : type == FP8 ? 1 : 2; }
 
@@ -82,15 +92,6 @@ INLINE vec load(const void *from, int type) {
         return x;
     }
     if (type == FP8) return load_fp8(from);
-    if (type == FP16) {
-#if defined(__AVX512F__)
-        return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(from));
-#else
-        fp16s x;
-        memcpy(&x, from, sizeof x);
-        return __builtin_convertvector(x, vec);
-#endif
-    }
     halves x;
     memcpy(&x, from, sizeof x);
     return (vec)(widen(x) << 16);
@@ -102,24 +103,12 @@ INLINE void store(void *to, vec x, int type) {
         memcpy(to, &x, sizeof x);
     } else if (type == FP8) {
         store_fp8(to, x);
-    } else if (type == FP16) {
-#if defined(__AVX512F__)
-        _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#else
-        fp16s y = __builtin_convertvector(x, fp16s);
-        memcpy(to, &y, sizeof y);
-#endif
     } else {
-#if defined(__AVX512BF16__)
-        __m256bh y = _mm512_cvtneps_pbh((__m512)x);
-        memcpy(to, &y, sizeof y);
-#else
         bits b = (bits)x;
         bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
         bits nan = (bits)((b & 0x7fffffff) > 0x7f800000);
         halves y = narrow((nan & 0x7fc0) | (~nan & rounded));
         memcpy(to, &y, sizeof y);
-#endif
     }
 }
 

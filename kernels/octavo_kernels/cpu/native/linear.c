@@ -3,19 +3,21 @@
    Weights are packed in strips of 48 outputs: [ceil(O / 48), K / 2, 48, 2], zeros after the last output. Products are
    exact and sums are in fp32, in the order of K for every output: a row's result does not depend on other rows. */
 #include "floats.h"
+#include "threads.h"
 
 #define VECTORS 3 /* of outputs in a strip; with 8 rows they fill 24 of 32 registers */
 #define STRIP (VECTORS * LANES)
 
 enum activation { NONE = 0, GELU_TANH = 1 }; /* as in __init__.py */
 
-int octavo_has_linear(void) {
-#if defined(__AVX512BF16__)
-    return 1;
+/* Clang 16 crashes over a number for all lanes that is taken as bf16. */
+#if defined(__AVX512BF16__) && !(defined(__clang__) && __clang_major__ < 17)
+#define HAS_LINEAR 1
 #else
-    return 0;
+#define HAS_LINEAR 0
 #endif
-}
+
+int octavo_has_linear(void) { return HAS_LINEAR; }
 
 int64_t octavo_packed_size(int64_t outputs, int64_t inputs) { return (outputs + STRIP - 1) / STRIP * STRIP * inputs; }
 
@@ -27,7 +29,7 @@ void octavo_pack(uint16_t *to, const uint16_t *weight, int64_t outputs, int64_t 
     }
 }
 
-#if defined(__AVX512BF16__)
+#if HAS_LINEAR
 
 struct layer {
     const uint16_t *weight, *bias; /* packed; [O] or NULL */
@@ -78,20 +80,33 @@ INLINE void tile(uint16_t *to, const uint16_t *x, const uint16_t *residual, cons
         }
 }
 
+struct product {
+    struct layer layer;
+    uint16_t *to;
+    const uint16_t *x, *residual;
+    int64_t num_rows, num_strips, next_strip;
+};
+
+static void multiply_strips(void *data) {
+    struct product *p = data;
+    int64_t outputs = p->layer.outputs, inputs = p->layer.inputs;
+    for (int64_t strip; (strip = take(&p->next_strip)) < p->num_strips;) {
+        int64_t r = 0;
+#define TILE(rows)                                                                                                     \
+    tile(p->to + r * outputs, p->x + r * inputs, p->residual ? p->residual + r * outputs : 0, &p->layer, strip, rows)
+        for (; r + 8 <= p->num_rows; r += 8) TILE(8);
+        for (; r + 4 <= p->num_rows; r += 4) TILE(4);
+        for (; r + 2 <= p->num_rows; r += 2) TILE(2);
+        for (; r < p->num_rows; r++) TILE(1);
+    }
+}
+
 /* to = activation(x @ weight.T + bias) + residual. x: [M, K], to and residual: [M, O], bf16; residual may be `to`. */
 void octavo_linear(uint16_t *to, const uint16_t *x, const uint16_t *residual, int64_t num_rows, const uint16_t *weight,
                    const uint16_t *bias, int64_t outputs, int64_t inputs, int activation, int num_threads) {
-    struct layer l = {weight, bias, outputs, inputs, activation};
     int64_t num_strips = (outputs + STRIP - 1) / STRIP;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
-    for (int64_t strip = 0; strip < num_strips; strip++) {
-        int64_t r = 0;
-#define TILE(rows) tile(to + r * outputs, x + r * inputs, residual ? residual + r * outputs : 0, &l, strip, rows)
-        for (; r + 8 <= num_rows; r += 8) TILE(8);
-        for (; r + 4 <= num_rows; r += 4) TILE(4);
-        for (; r + 2 <= num_rows; r += 2) TILE(2);
-        for (; r < num_rows; r++) TILE(1);
-    }
+    struct product p = {{weight, bias, outputs, inputs, activation}, to, x, residual, num_rows, num_strips, 0};
+    in_threads(multiply_strips, &p, num_threads);
 }
 
 #else
