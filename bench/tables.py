@@ -246,6 +246,32 @@ def quality(results: Path) -> str:
     return f"{table(['', 'setting', 'perplexity'], rows)}\n\n{conditions(run)}"
 
 
+def parameters(results: Path) -> str:
+    run = newest(results / "parameters.jsonl")
+
+    def within(value: Record, form: str) -> str:
+        low, high = value["interval"]
+        return f"{value['median']:{form}} ({low:{form}} to {high:{form}})"
+
+    head = ["median, and where it lies by 95 %", "all use it", "one uses it", "the others pay"]
+    rows = [
+        [line["parameter"], within(line["all"], ".2f"), within(line["one"], ".2f"), within(line["others"], "+.1%")]
+        for line in run.of("parameter")
+    ]
+    return f"{table(head, rows)}\n\n{conditions(run)}"
+
+
+def host(results: Path) -> str:
+    run = newest(results / "host.jsonl")
+    cells = run.of("cell")
+    head = ["µs, median; requests", *(str(cell["requests"]) for cell in cells)]
+    steps = [f"{cell['step']:.0f} ({cell['p10']:.0f} to {cell['p90']:.0f})" for cell in cells]
+    rows = [["a step (p10 to p90)", *steps]]
+    for part in cells[0]["parts"]:
+        rows.append([part, *(f"{cell['parts'][part]:.0f}" for cell in cells)])
+    return f"{table(head, rows)}\n\n{conditions(run)}"
+
+
 def runs(results: Path) -> str:
     """What there is: a line per file."""
     rows = []
@@ -266,6 +292,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scheduler": scheduler,
     "prefix": prefix,
     "quality": quality,
+    "parameters": parameters,
+    "host": host,
     "runs": runs,
 }
 
