@@ -6,10 +6,11 @@ Measured, gpt2-small's 49 matrices on 2 cores with AVX2 only (Zen 3), ms per pas
     oneDNN fp32, packed      33.0 /  83 / 232        int8 dynamic        11.0 /  27 /  105
     fbgemm fp16 weights      16.7 /  57 / 202
 
-Where the CPU multiplies bf16 itself (AVX512_BF16; Zen 4), ms per pass with 2 threads at 1 / 4 / 16 / 64 / 256 rows:
+Where the CPU multiplies bf16 itself (AVX512_BF16; Zen 4), ms per pass with 2 threads at 1 / 4 / 16 / 64 / 256 rows,
+by bench/cpu_kernels.py:
 
-    oneDNN bf16, packed      10.4 / 9.1 / 14.8 / 41.4 / 149      F.linear bf16     15.5 / 17.0 / 23.8 / 50.4 / -
-    native/linear.c           6.3 / 7.1 / 13.0 / 41.4 / 171      int8 dynamic       6.0 /  6.1 /  9.0 / 26.0 / -
+    oneDNN bf16, packed      9.1 / 8.1 / 14.0 / 40.0 / 147      F.linear bf16     17.8 / 19.1 / 26.4 / 53.1 / 161
+    native/linear.c          6.5 / 6.9 / 12.5 / 40.1 / 149      int8 dynamic       4.5 /  4.9 /  9.7 / 27.9 / 126
 
 Elsewhere 16-bit weights are kept as fp16 and multiplied in fp32: they fit, since bf16 has fewer mantissa bits, and
 activations lose nothing. oneDNN's fp32 product gives a row the same bits whatever the number of rows, and so does

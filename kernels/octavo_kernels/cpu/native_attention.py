@@ -1,11 +1,12 @@
 """Attention over the paged cache by the C kernels of `native`: single queries read keys and values where they are.
 
-Measured, ms per step of gpt2-small (12 layers, bf16 cache, blocks of 32, 2 threads, AVX-512), rows x context, beside
-`attention.PagedAttention`, which gathers and widens first:
+Measured by bench/cpu_kernels.py, ms per step of gpt2-small (12 layers, blocks of 32, 2 threads, AVX-512), rows x
+context, beside `attention.PagedAttention`, which gathers and widens first:
 
-                            1x64   16x64   64x64   64x300
-    gathered, flash         0.86     4.4    18.0      102
-    this file               0.13     1.2     6.2     29.6      24 to 31 GB/s of 28 to 39 that the machine reads
+                                 1x64   16x64   64x64   64x300
+    gathered, flash; bf16        0.69     4.6    17.7     85.9
+    this file, bf16              0.18     1.6     5.9     27.6
+    this file, fp8               0.23     1.9     6.7     32.3
 
 Chunks of more than MOST_QUERIES tokens stay with flash attention. A single query's result has the same bits in any
 batch.
@@ -118,6 +119,11 @@ class NativeAttention:
         assert layer_cache.shape == (2, plan.num_blocks, self.num_heads, self.block_size, self.head_size)
         assert qkv.is_contiguous() and layer_cache.is_contiguous() and layer_cache.dtype == self.cache_dtype
 
+    def _described(self, plan: NativePlan, layer_cache: Tensor) -> tuple[int, ...]:
+        """The cache, as the C functions take it."""
+        place, kind = layer_cache.data_ptr(), native.TYPES[self.cache_dtype]
+        return place, kind, plan.num_blocks, self.num_heads, self.block_size, self.head_size
+
     def write(
         self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor, *, k_scale: float = 1.0, v_scale: float = 1.0
     ) -> None:
@@ -126,12 +132,7 @@ class NativeAttention:
         native.loaded().octavo_write(
             qkv.data_ptr(),
             native.TYPES[qkv.dtype],
-            layer_cache.data_ptr(),
-            native.TYPES[self.cache_dtype],
-            plan.num_blocks,
-            self.num_heads,
-            self.block_size,
-            self.head_size,
+            *self._described(plan, layer_cache),
             plan.slot_mapping.ctypes.data,
             len(plan.slot_mapping),
             k_scale,
@@ -169,12 +170,7 @@ class NativeAttention:
             output.data_ptr(),
             qkv.data_ptr(),
             native.TYPES[qkv.dtype],
-            layer_cache.data_ptr(),
-            native.TYPES[self.cache_dtype],
-            plan.num_blocks,
-            self.num_heads,
-            self.block_size,
-            self.head_size,
+            *self._described(plan, layer_cache),
             plan.tokens.ctypes.data,
             plan.rows.ctypes.data,
             plan.lengths.ctypes.data,
