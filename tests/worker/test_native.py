@@ -142,6 +142,32 @@ def test_products_equal_onednn_s(rows: int, outputs: int, inputs: int) -> None:
 
 
 @needs_bf16
+def test_gelu_of_any_number() -> None:
+    numbers = torch.tensor(
+        [0.0, -0.0, 1e-30, 1e30, -1e30, 3e38, -3e38, math.inf, math.nan, *torch.linspace(-12, 12, 999)]
+    )
+    layer = NativeLinear(torch.tensor([[1.0, 0.0]]), None, "gelu_new")
+    x = torch.stack([numbers, torch.zeros(len(numbers))], 1).bfloat16()
+    expected = ACTIVATIONS["gelu_new"](x[:, :1].double())
+    torch.testing.assert_close(layer(x).double(), expected, rtol=2**-8, atol=1e-4, equal_nan=True)
+
+
+@needs_bf16
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_output_of_every_row_is_computed_by_any_number_of_threads(threads: int) -> None:
+    torch.manual_seed(0)
+    weight, before = torch.randn(1000, 64).bfloat16(), torch.get_num_threads()
+    layer = NativeLinear(weight, None, None)
+    torch.set_num_threads(threads)
+    try:
+        for rows in [*range(1, 34), 100]:
+            x = torch.randn(rows, 64).bfloat16()
+            torch.testing.assert_close(layer(x).float(), x.float() @ weight.float().T, rtol=2**-8, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_bf16
 def test_a_row_s_product_has_the_same_bits_alone_and_among_others() -> None:
     torch.manual_seed(0)
     layer = NativeLinear(torch.randn(100, 256), torch.randn(100), "gelu_new")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from octavo_kernels import reference
+from octavo_kernels.cpu import memory
 from octavo_kernels.state import SlotState
 
 from octavo.checkpoint import ModelSpec
@@ -37,9 +38,9 @@ class KVCache:
         """num_blocks: usable blocks; the null block comes on top. Zeroed: recycled values must be finite."""
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.data = torch.zeros(
-            (spec.n_layer, 2, num_blocks + 1, spec.n_head, block_size, spec.head_size), dtype=dtype, device=device
-        )
+        shape = (spec.n_layer, 2, num_blocks + 1, spec.n_head, block_size, spec.head_size)
+        on_cpu = device.type == "cpu"
+        self.data = memory.zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
         """[layer, keys/values, block, head, slot, head_size]; block 0 is the null block."""
 
     @staticmethod

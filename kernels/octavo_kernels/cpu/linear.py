@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo_kernels.activations import ACTIVATIONS, Activation, gelu_tanh, identity
-from octavo_kernels.cpu import native
+from octavo_kernels.cpu import memory, native
 
 FP16_MAX: Final = 65504.0
 ONEDNN_EPILOGUES: Final[dict[str, tuple[str, str]]] = {
@@ -158,7 +158,7 @@ class NativeLinear:
         weight = weight.to(torch.bfloat16).contiguous()
         self._library = native.loaded()
         self.outputs, self.inputs = weight.shape
-        self.weight = torch.empty(self._library.octavo_packed_size(*weight.shape), dtype=torch.bfloat16)
+        self.weight = memory.zeros([self._library.octavo_packed_size(*weight.shape)], torch.bfloat16)
         self._library.octavo_pack(self.weight.data_ptr(), weight.data_ptr(), *weight.shape)
         self.bias = None if bias is None else bias.to(torch.bfloat16).contiguous()
         fused = activation is not None and ACTIVATIONS[activation] is gelu_tanh
@@ -167,19 +167,20 @@ class NativeLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.contiguous()
-        y = x.new_empty(len(x), self.outputs)
-        assert x.dtype == torch.bfloat16 and x.shape[1] == self.inputs
+        rows, inputs = x.shape
+        y = x.new_empty(rows, self.outputs)
+        assert x.dtype == torch.bfloat16 and inputs == self.inputs
         if residual is not None:
             assert residual.dtype == x.dtype and residual.shape == y.shape and residual.is_contiguous()
         self._library.octavo_linear(
             y.data_ptr(),
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
-            len(x),
+            rows,
             self.weight.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
             self.outputs,
-            self.inputs,
+            inputs,
             self._epilogue,
             torch.get_num_threads(),
         )

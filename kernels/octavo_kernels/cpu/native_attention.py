@@ -53,6 +53,10 @@ class NativePlan:
     scores: Tensor
     """fp32 [threads, H, at least the greatest length], for the kernel."""
     prefill_rows: list[PrefillRow]
+    slots_for_c: tuple[int, int]
+    """slot_mapping as octavo_write takes it: where it is, how many."""
+    queries_for_c: tuple[int, ...]
+    """tokens, rows, lengths, how many, tables, their width: as octavo_attend takes them."""
 
 
 class NativeAttention:
@@ -91,13 +95,16 @@ class NativeAttention:
         rows = np.repeat(np.flatnonzero(single), sizes[single]).astype(np.int32)
         tokens = np.flatnonzero(np.repeat(single, sizes)).astype(np.int32)
         lengths = (seq_lens[rows] - query_start_loc[rows + 1] + tokens + 1).astype(np.int32)
+        slot_mapping = np.ascontiguousarray(slot_mapping, np.int64)
+        tables = np.ascontiguousarray(block_tables, np.int32)
+        places = [array.ctypes.data for array in (tokens, rows, lengths)]
         return NativePlan(
             num_blocks,
-            np.ascontiguousarray(slot_mapping, np.int64),
+            slot_mapping,
             tokens,
             rows,
             lengths,
-            np.ascontiguousarray(block_tables, np.int32),
+            tables,
             self._room(int(lengths.max(initial=0))),
             [
                 self._flash.prefill_row(
@@ -105,6 +112,8 @@ class NativeAttention:
                 )
                 for r in np.flatnonzero(~single).tolist()
             ],
+            (slot_mapping.ctypes.data, len(slot_mapping)),
+            (*places, len(tokens), tables.ctypes.data, tables.shape[1]),
         )
 
     def _room(self, length: int) -> Tensor:
@@ -133,8 +142,7 @@ class NativeAttention:
             qkv.data_ptr(),
             native.TYPES[qkv.dtype],
             *self._described(plan, layer_cache),
-            plan.slot_mapping.ctypes.data,
-            len(plan.slot_mapping),
+            *plan.slots_for_c,
             k_scale,
             v_scale,
             torch.get_num_threads(),
@@ -152,7 +160,7 @@ class NativeAttention:
     ) -> Tensor:
         """`reference.paged_attention`, after `write`. Any float type; everything inside is fp32."""
         self._check(plan, qkv, layer_cache)
-        output = qkv.new_empty(len(qkv), self.num_heads * self.head_size)
+        output = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_size)
         if len(plan.tokens):
             self._attend_singly(plan, qkv, layer_cache, scale * k_scale, v_scale, output)
         for row in plan.prefill_rows:
@@ -171,12 +179,7 @@ class NativeAttention:
             qkv.data_ptr(),
             native.TYPES[qkv.dtype],
             *self._described(plan, layer_cache),
-            plan.tokens.ctypes.data,
-            plan.rows.ctypes.data,
-            plan.lengths.ctypes.data,
-            len(plan.tokens),
-            plan.tables.ctypes.data,
-            plan.tables.shape[1],
+            *plan.queries_for_c,
             scale,
             v_scale,
             plan.scores.data_ptr(),

@@ -135,12 +135,34 @@ INLINE float soften(float *scores, int length) {
     return sum(total);
 }
 
-/* One query's heads `first` to `last` - 1: block by block, as they lie in memory. scores: [heads, width]. */
-INLINE void attend(char *to, const char *from, int qkv_type, const struct cache *c, const int32_t *table, int length,
-                   int first, int last, float scale, float v_scale, float *scores, int64_t width, int head_size,
-                   int type) {
+/* What a query attends to. */
+struct sequence {
+    const int32_t *table;
+    int length;
+};
+
+/* How many of its tokens are in its block b: all of a block's, fewer at the end, 0 beyond it. */
+INLINE int tokens_in(const struct sequence *s, int b, int block_size) {
+    int left = s->length - b * block_size;
+    return left < 0 ? 0 : left < block_size ? left : block_size;
+}
+
+/* Fetches a head's keys or values of block b, if that is not full. Heads of full blocks lie one behind the other, which
+   the processor foresees better than it is told; the pieces of others do not. */
+INLINE void expect(const struct cache *c, int values, const struct sequence *s, int b, int head) {
+    int count = tokens_in(s, b, c->block_size);
+    if (count == 0 || count == c->block_size) return;
+    const char *from = piece(c, values, s->table[b], head), *end = from + count * c->head_size * size_of(c->type);
+    for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+}
+
+/* One query's heads `first` to `last` - 1: block by block, as they lie in memory. scores: [heads, width]; next: what
+   the query after this one attends to. */
+INLINE void attend(char *to, const char *from, int qkv_type, const struct cache *c, struct sequence own,
+                   struct sequence next, int first, int last, float scale, float v_scale, float *scores, int64_t width,
+                   int head_size, int type) {
     int whole = head_size / LANES, rest = head_size % LANES, vectors = whole + (rest > 0);
-    int step = LANES * size_of(qkv_type), line = head_size * size_of(qkv_type);
+    int step = LANES * size_of(qkv_type), line = head_size * size_of(qkv_type), size = c->block_size, count;
     vec numbers[(last - first) * vectors]; /* queries, then outputs */
     float totals[last - first];
     for (int h = first; h < last; h++) {
@@ -149,19 +171,23 @@ INLINE void attend(char *to, const char *from, int qkv_type, const struct cache 
         if (rest) query[whole] = load_part(from + h * line + whole * step, rest, qkv_type) * scale;
         for (int v = 0; v + 2 <= whole; v += 2) order(query + v, type);
     }
-    for (int b = 0, at = 0; at < length; b++, at += c->block_size) {
-        int count = length - at < c->block_size ? length - at : c->block_size;
-        for (int h = first; h < last; h++)
-            score(scores + (h - first) * width + at, numbers + (h - first) * vectors, piece(c, 0, table[b], h), count,
-                  head_size, type);
+    for (int b = 0; (count = tokens_in(&own, b, size)); b++) {
+        int is_last = own.length <= (b + 1) * size;
+        for (int h = first; h < last; h++) {
+            expect(c, is_last, &own, is_last ? 0 : b + 1, h);
+            score(scores + (h - first) * width + b * size, numbers + (h - first) * vectors,
+                  piece(c, 0, own.table[b], h), count, head_size, type);
+        }
     }
-    for (int h = 0; h < last - first; h++) totals[h] = soften(scores + h * width, length);
+    for (int h = 0; h < last - first; h++) totals[h] = soften(scores + h * width, own.length);
     memset(numbers, 0, sizeof numbers);
-    for (int b = 0, at = 0; at < length; b++, at += c->block_size) {
-        int count = length - at < c->block_size ? length - at : c->block_size;
-        for (int h = first; h < last; h++)
-            weigh(numbers + (h - first) * vectors, scores + (h - first) * width + at, piece(c, 1, table[b], h), count,
-                  head_size, type);
+    for (int b = 0; (count = tokens_in(&own, b, size)); b++) {
+        int is_last = own.length <= (b + 1) * size;
+        for (int h = first; h < last; h++) {
+            expect(c, !is_last, is_last ? &next : &own, is_last ? 0 : b + 1, h);
+            weigh(numbers + (h - first) * vectors, scores + (h - first) * width + b * size,
+                  piece(c, 1, own.table[b], h), count, head_size, type);
+        }
     }
     for (int h = first; h < last; h++) {
         vec *output = numbers + (h - first) * vectors, factor = splat(v_scale / totals[h - first]);
@@ -183,17 +209,22 @@ struct attention {
     int64_t scores_width, parts, num_pieces, next_piece, next_thread;
 };
 
-INLINE void attend_piece(const struct attention *a, int64_t piece, float *scores) {
+INLINE struct sequence sequence_of(const struct attention *a, int64_t piece) {
+    int64_t q = piece / a->parts;
+    if (piece >= a->num_pieces) return (struct sequence){0, 0};
+    return (struct sequence){a->tables + a->rows[q] * a->table_width, a->lengths[q]};
+}
+
+INLINE void attend_piece(const struct attention *a, int64_t piece, int64_t next, float *scores) {
     const struct cache *c = &a->cache;
     int64_t q = piece / a->parts, part = piece % a->parts, token = a->tokens[q];
     int first = part * c->heads / a->parts, last = (part + 1) * c->heads / a->parts;
     int64_t width = (int64_t)c->heads * c->head_size * size_of(a->qkv_type);
     const char *from = a->qkv + token * 3 * width;
     char *to = a->output + token * width;
-    const int32_t *table = a->tables + a->rows[q] * a->table_width;
 #define ATTEND(size, type)                                                                                             \
-    attend(to, from, a->qkv_type, c, table, a->lengths[q], first, last, a->scale, a->v_scale, scores, a->scores_width, \
-           size, type)
+    attend(to, from, a->qkv_type, c, sequence_of(a, piece), sequence_of(a, next), first, last, a->scale, a->v_scale,   \
+           scores, a->scores_width, size, type)
 #define ATTEND_TYPE(type)                                                                                              \
     case type:                                                                                                         \
         if (c->head_size == 64) ATTEND(64, type);                                                                      \
@@ -209,7 +240,11 @@ INLINE void attend_piece(const struct attention *a, int64_t piece, float *scores
 static void attend_pieces(void *data) {
     struct attention *a = data;
     float *scores = a->scores + take(&a->next_thread) * a->cache.heads * a->scores_width;
-    for (int64_t i; (i = take(&a->next_piece)) < a->num_pieces;) attend_piece(a, i, scores);
+    int64_t next = take(&a->next_piece);
+    for (int64_t i; (i = next) < a->num_pieces;) {
+        next = take(&a->next_piece);
+        attend_piece(a, i, next, scores);
+    }
 }
 
 /* qkv: [T, 3 * heads * head_size], output: [T, heads * head_size], both of qkv_type. Query i is token tokens[i], whose
@@ -247,6 +282,10 @@ INLINE void write_token(const struct writing *w, int64_t t) {
         char *to = piece(c, line / heads, block, line % heads) + offset * head_size * to_size;
         float scale = line < heads ? w->k_scale : w->v_scale;
         int d = 0, rest = head_size % LANES;
+        if (scale == 1 && c->type == w->qkv_type) {
+            memcpy(to, from, (size_t)head_size * to_size);
+            continue;
+        }
         for (; d + LANES <= head_size; d += LANES)
             store(to + d * to_size, load(from + d * from_size, w->qkv_type) / scale, c->type);
         if (rest)

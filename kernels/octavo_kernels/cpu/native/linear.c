@@ -37,10 +37,20 @@ struct layer {
     int activation;
 };
 
+/* x / (1 + 2^t), t = -2 * log2(e) * sqrt(2 / pi) * (x + 0.044715 * x^3), within 1e-4: bf16 keeps 8 bits of it. */
 INLINE vec gelu_tanh(vec x) {
-    vec inner = x * (1.5957691216f + 0.0713548163f * x * x); /* 2 * sqrt(2 / pi) * (x + 0.044715 * x^3) */
-    return x / (1.0f + exponential(-inner));
+    x = (vec)_mm512_max_ps(_mm512_set1_ps(-1e4f), (__m512)x); /* 0 for what is less; NaN stays */
+    __m512 t = (__m512)(x * (-2.3022082f - 0.10294324f * x * x)), bound = _mm512_set1_ps(126.0f);
+    t = _mm512_max_ps(_mm512_min_ps(t, bound), -bound);
+    __m512 whole = _mm512_roundscale_ps(t, 0);
+    vec r = (vec)(t - whole);
+    vec power = 1.0f + r * (0.69314718f + r * (0.24022651f + r * (0.05550411f + r * 0.00961813f)));
+    vec divisor = 1.0f + (vec)_mm512_scalef_ps((__m512)power, whole);
+    vec inverse = (vec)_mm512_rcp14_ps((__m512)divisor);
+    return x * inverse * (2.0f - divisor * inverse);
 }
+
+INLINE void store_bf16(uint16_t *to, vec x) { _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
 
 /* Bias, activation, residual of 16 outputs of a row; of the first `count` only, at the end. */
 INLINE void finish(uint16_t *to, vec x, const struct layer *l, int64_t output, const uint16_t *residual, int count) {
@@ -48,18 +58,20 @@ INLINE void finish(uint16_t *to, vec x, const struct layer *l, int64_t output, c
     if (l->bias) x += part ? load_part(l->bias + output, count, BF16) : load(l->bias + output, BF16);
     if (l->activation == GELU_TANH) x = gelu_tanh(x);
     if (residual) x += part ? load_part(residual, count, BF16) : load(residual, BF16);
-    part ? store_part(to, x, count, BF16) : store(to, x, BF16);
+    part ? store_part(to, x, count, BF16) : store_bf16(to, x);
 }
 
-/* Some rows by a strip, in registers over all of K. */
+/* Some rows by a strip, in registers over all of K. Meanwhile `lines` of the cache lines (a vector each) of every pair of
+   inputs are fetched from `ahead` on. */
 INLINE void tile(uint16_t *to, const uint16_t *x, const uint16_t *residual, const struct layer *l, int64_t strip,
-                 int rows) {
+                 int rows, const uint16_t *ahead, int lines) {
     __m512 sums[8][VECTORS];
     int64_t inputs = l->inputs;
     const uint16_t *weight = l->weight + strip * STRIP * inputs;
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < VECTORS; v++) sums[r][v] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < inputs; k += 2, weight += 2 * STRIP) {
+    for (int64_t k = 0; k < inputs; k += 2, weight += 2 * STRIP, ahead += 2 * STRIP) {
+        for (int i = 0; i < lines; i++) _mm_prefetch((const void *)(ahead + 2 * LANES * i), _MM_HINT_T1);
         __m512bh columns[VECTORS];
         for (int v = 0; v < VECTORS; v++) columns[v] = (__m512bh)_mm512_loadu_si512(weight + 2 * v * LANES);
         for (int r = 0; r < rows; r++) {
@@ -85,19 +97,56 @@ struct product {
     uint16_t *to;
     const uint16_t *x, *residual;
     int64_t num_rows, num_strips, next_strip;
+    int num_threads;
 };
+
+/* All rows by a strip. Where their products take longer than reading weights does, the strip `ahead` is fetched by the
+   first 24 of them, evenly: else memory waits for the products and the products for memory. */
+INLINE void multiply_strip(const struct product *p, int64_t strip, const uint16_t *ahead) {
+    int64_t rows = p->num_rows, outputs = p->layer.outputs, inputs = p->layer.inputs, r = 0;
+#define TILE(rows, first, lines)                                                                                       \
+    tile(p->to + r * outputs, p->x + r * inputs, p->residual ? p->residual + r * outputs : 0, &p->layer, strip, rows,  \
+         ahead + 2 * LANES * (first), lines),                                                                          \
+        r += rows
+    if (rows >= 24) {
+        TILE(8, 0, 1);
+        TILE(8, 1, 1);
+        TILE(8, 2, 1);
+    } else if (rows >= 16) {
+        TILE(8, 0, 2);
+        TILE(8, 2, 1);
+    } else if (rows >= 8) {
+        TILE(8, 0, 3);
+    }
+    while (r + 8 <= rows) TILE(8, 0, 0);
+    if (r + 4 <= rows) TILE(4, 0, 0);
+    if (r + 2 <= rows) TILE(2, 0, 0);
+    if (r < rows) TILE(1, 0, 0);
+#undef TILE
+}
+
+struct run {
+    int64_t next, end;
+};
+
+/* Strips that nobody has yet, one after the other: a thread's share of those that are left. Long runs are read faster;
+   they become short towards the end, so that no thread waits for long. At least one, though it may be beyond the last. */
+INLINE struct run take_run(struct product *p) {
+    int64_t first = __atomic_load_n(&p->next_strip, __ATOMIC_RELAXED), count;
+    do {
+        count = (p->num_strips - first) / p->num_threads;
+        count = count > 1 ? count : 1;
+    } while (!__atomic_compare_exchange_n(&p->next_strip, &first, first + count, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return (struct run){first, first + count};
+}
 
 static void multiply_strips(void *data) {
     struct product *p = data;
-    int64_t outputs = p->layer.outputs, inputs = p->layer.inputs;
-    for (int64_t strip; (strip = take(&p->next_strip)) < p->num_strips;) {
-        int64_t r = 0;
-#define TILE(rows)                                                                                                     \
-    tile(p->to + r * outputs, p->x + r * inputs, p->residual ? p->residual + r * outputs : 0, &p->layer, strip, rows)
-        for (; r + 8 <= p->num_rows; r += 8) TILE(8);
-        for (; r + 4 <= p->num_rows; r += 4) TILE(4);
-        for (; r + 2 <= p->num_rows; r += 2) TILE(2);
-        for (; r < p->num_rows; r++) TILE(1);
+    int64_t size = STRIP * p->layer.inputs;
+    struct run own = take_run(p);
+    for (int64_t strip; (strip = own.next) < p->num_strips;) {
+        if (++own.next == own.end) own = take_run(p);
+        multiply_strip(p, strip, p->layer.weight + (own.next < p->num_strips ? own.next : strip) * size);
     }
 }
 
@@ -105,7 +154,7 @@ static void multiply_strips(void *data) {
 void octavo_linear(uint16_t *to, const uint16_t *x, const uint16_t *residual, int64_t num_rows, const uint16_t *weight,
                    const uint16_t *bias, int64_t outputs, int64_t inputs, int activation, int num_threads) {
     int64_t num_strips = (outputs + STRIP - 1) / STRIP;
-    struct product p = {{weight, bias, outputs, inputs, activation}, to, x, residual, num_rows, num_strips, 0};
+    struct product p = {{weight, bias, outputs, inputs, activation}, to, x, residual, num_rows, num_strips, 0, num_threads};
     in_threads(multiply_strips, &p, num_threads);
 }
 
