@@ -269,7 +269,10 @@ def test_the_first_of_the_largest_or_the_first_nan_is_found(dtype: torch.dtype) 
         scores[2, width // 2 :] = math.inf
         scores[3, [width // 3, width - 1]] = math.nan
         scores[4, -1] = 9
-        assert argmax.argmax(scores).tolist() == scores.float().numpy().argmax(axis=1).tolist()
+        index, value = argmax.argmax(scores)
+        numbers = scores.float().numpy()
+        assert index.tolist() == numbers.argmax(axis=1).tolist()
+        assert np.array_equal(value, numbers[np.arange(40), index], equal_nan=True)
 
 
 @needs_kernels

@@ -153,6 +153,8 @@ class Sampler:
     def _failures(self, logits: Tensor, best: Float32s, slots: Int32s, features: Features) -> list[tuple[int, Reason]]:
         """Rows without a choice, seen from their largest score: NaN is larger than anything."""
         samples = features & Feature.SAMPLE != 0
+        if not samples.any() and np.isfinite(best).all():
+            return []
         scaled = best
         if samples.any():  # a tiny temperature may overflow; greedy rows do not divide
             with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -282,9 +284,7 @@ class Sampler:
 def _argmax(scores: Tensor) -> tuple[Int32s, Float32s]:
     """int32 [S] first index of each row's largest score (of its first NaN, if there is one), and that score."""
     if scores.is_cpu:
-        index = argmax(scores)
-        best = scores.gather(1, torch.from_numpy(index[:, None].astype(np.int64)))[:, 0]
-        return index, best.float().numpy()
+        return argmax(scores)
     winners = scores.argmax(-1, keepdim=True)
     return winners[:, 0].int().cpu().numpy(), scores.gather(1, winners)[:, 0].cpu().numpy()
 

@@ -45,7 +45,7 @@ SIGNATURES: Final[dict[str, list[type]]] = {
     "octavo_has_linear": [],
     "octavo_packed_size": [_L, _L],
     "octavo_pack": [_P, _P, _L, _L],
-    "octavo_argmax": [_P, _P, _L, _L, _I, _I],
+    "octavo_argmax": [_P, _P, _P, _L, _L, _I, _I],
     "octavo_linear": [_P, _P, _P, _L, _P, _P, _L, _L, _I, _I],
 }
 

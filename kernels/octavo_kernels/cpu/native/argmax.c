@@ -1,4 +1,4 @@
-/* The largest logit of each row. */
+/* The largest logit of each row, and where it is. */
 #include "floats.h"
 #include "threads.h"
 
@@ -15,7 +15,7 @@ INLINE int64_t largest(const char *row, int64_t width, int type) {
         block = (more & (int32_t)(i / LANES)) | (~more & block);
         unordered |= x != x;
     }
-    int64_t found = width ? 0 : -1;
+    int64_t found = 0;
     float most = -__builtin_inff();
     int nan = 0;
     for (int lane = 0; lane < LANES; lane++) {
@@ -39,6 +39,7 @@ INLINE int64_t largest(const char *row, int64_t width, int type) {
 
 struct rows {
     int32_t *index;
+    float *value;
     const char *x;
     int64_t num_rows, width, next;
     int type;
@@ -49,11 +50,13 @@ static void search_rows(void *data) {
     for (int64_t r; (r = take(&p->next)) < p->num_rows;) {
         const char *row = p->x + r * p->width * size_of(p->type);
         p->index[r] = (int32_t)(p->type == BF16 ? largest(row, p->width, BF16) : largest(row, p->width, FP32));
+        p->value[r] = load_part(row + p->index[r] * (int64_t)size_of(p->type), 1, p->type)[0];
     }
 }
 
-/* index: [M]; x: [M, N] of `type`, fp32 or bf16; N < 2^31. */
-void octavo_argmax(int32_t *index, const char *x, int64_t num_rows, int64_t width, int type, int num_threads) {
-    struct rows rows = {index, x, num_rows, width, 0, type};
+/* index, value: [M]; x: [M, N] of `type`, fp32 or bf16; 0 < N < 2^31. */
+void octavo_argmax(int32_t *index, float *value, const char *x, int64_t num_rows, int64_t width, int type,
+                   int num_threads) {
+    struct rows rows = {index, value, x, num_rows, width, 0, type};
     in_threads(search_rows, &rows, num_threads < num_rows ? num_threads : (int)num_rows);
 }
