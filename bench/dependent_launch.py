@@ -70,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "auto")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--shape", default="gpt2-large" if on_gpu else "gpt2", help="as peers/random_checkpoint.py has")
     parser.add_argument("--no-graphs", action="store_true", help="launch kernel by kernel")
