@@ -3,7 +3,8 @@
 A floor is the greater of two times: what the part must read (weights, cached keys and values) at the rate at which one
 large array is read, and what it must multiply at the rate of one large product in the type of the activations, both
 measured at the start with the engine's threads. int8 linears are given the first alone. Norms, sampling and the host's
-parts have no floor of that kind.
+parts have no floor of that kind. Where a step's layers are one call of C, they are called one by one here: the step
+takes longer than it does otherwise.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class PartTimes:
 
     def _wrap(self, core: EngineCore, runner: ModelRunner) -> None:
         model, timed = self._model, self._timed
+        model._whole = None  # else all layers are one call
         model._blocks = [
             dataclasses.replace(
                 block,

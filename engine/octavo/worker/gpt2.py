@@ -15,6 +15,8 @@ from octavo_kernels import reference
 from octavo_kernels.activations import ACTIVATIONS
 from octavo_kernels.cpu import linear as cpu_linear
 from octavo_kernels.cpu.linear import Linear, LinearKind
+from octavo_kernels.cpu.native_blocks import BlockParts, NativeBlocks
+from octavo_kernels.cpu.norm import layer_norm as cpu_norm
 from torch import Tensor
 
 from octavo.checkpoint import ModelSpec
@@ -42,7 +44,8 @@ class Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return reference.layer_norm(x, self.weight, self.bias, self.eps)
+        function = cpu_norm if x.is_cpu else reference.layer_norm
+        return function(x, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +99,8 @@ class GPT2:
         self._wpe = weights.pop("wpe.weight").to(device, self.hidden_dtype)  # [n_positions, E]
         self._blocks = [self._block(weights, layer) for layer in range(spec.n_layer)]
         self._ln_f = self._norm(weights, "ln_f")
-        self.num_layers_computed = 0
-        """Since the start: tells a slow step from one that hangs."""
+        self._whole = self._in_one_call() if device.type == "cpu" else None
+        self._num_layers_computed = 0
         head = weights.pop("lm_head.weight") if "lm_head.weight" in weights else self._wte
         self._lm_head = self._pack(head, None, None)
 
@@ -105,6 +108,29 @@ class GPT2:
     def attention_backend(self) -> str:
         """For EngineInfo."""
         return self.attention.name
+
+    @property
+    def num_layers_computed(self) -> int:
+        """Since the start, within a step too: tells a slow step from one that hangs."""
+        return self._num_layers_computed + (self._whole.num_computed if self._whole is not None else 0)
+
+    def _in_one_call(self) -> NativeBlocks | None:
+        """The layers for steps without long chunks, where they are all of the kind that C computes."""
+        parts = [
+            BlockParts(
+                norm_1=(block.ln_1.weight, block.ln_1.bias),
+                qkv=block.c_attn,
+                attention_out=block.attn_proj,
+                norm_2=(block.ln_2.weight, block.ln_2.bias),
+                mlp_in=block.c_fc,
+                mlp_out=block.mlp_proj,
+                scale=block.attn_scale,
+                k_scale=block.kv_scales.key,
+                v_scale=block.kv_scales.value,
+            )
+            for block in self._blocks
+        ]
+        return NativeBlocks.of(parts, self.spec.layer_norm_epsilon)
 
     def _block(self, weights: WeightSource, layer: int) -> Block:
         spec, name = self.spec, f"h.{layer}"
@@ -145,12 +171,14 @@ class GPT2:
         """
         hidden = reference.embed(batch.input_ids, batch.positions, self._wte, self._wpe, self.hidden_dtype)
         plan = self.attention.plan(batch, kv_cache)
+        if self._whole is not None and self._whole.computes(plan):
+            return self._ln_f(self._whole(hidden, plan, kv_cache.data))
         for block, layer_cache in zip(self._blocks, kv_cache.data, strict=True):
             qkv = block.c_attn(block.ln_1(hidden))
             attended = self.attention.run(plan, qkv, layer_cache, block.attn_scale, block.kv_scales)
             hidden = block.attn_proj(attended, hidden)
             hidden = block.mlp_proj(block.c_fc(block.ln_2(hidden)), hidden)
-            self.num_layers_computed += 1
+            self._num_layers_computed += 1
         return self._ln_f(hidden)
 
     @torch.inference_mode()

@@ -35,8 +35,9 @@ from octavo.worker.weights import load_weights
 class Model(Protocol):
     """What a runner needs of a model beside its forward pass."""
 
-    num_layers_computed: int
-    """Since the start."""
+    @property
+    def num_layers_computed(self) -> int:
+        """Since the start."""
 
     @property
     def attention_backend(self) -> str: ...

@@ -164,6 +164,14 @@ class NativeLinear:
         fused = activation is not None and ACTIVATIONS[activation] is gelu_tanh
         self._epilogue = native.ACTIVATIONS["gelu_tanh" if fused else None]
         self.activation = identity if fused else unfused(activation)
+        self.is_whole = fused or activation is None
+        """Nothing is left to do after the product."""
+
+    @property
+    def described(self) -> tuple[int | None, ...]:
+        """Weight, bias, outputs, inputs, activation, as C takes them."""
+        bias = None if self.bias is None else self.bias.data_ptr()
+        return self.weight.data_ptr(), bias, self.outputs, self.inputs, self._epilogue
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.contiguous()
@@ -177,11 +185,7 @@ class NativeLinear:
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
             rows,
-            self.weight.data_ptr(),
-            None if self.bias is None else self.bias.data_ptr(),
-            self.outputs,
-            inputs,
-            self._epilogue,
+            *self.described,
             torch.get_num_threads(),
         )
         return self.activation(y)

@@ -39,13 +39,15 @@ SOURCES: Final = sorted(Path(__file__).parent.glob("*.[ch]"))
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 SIGNATURES: Final[dict[str, list[type]]] = {
-    "octavo_use_threads": [_P],
-    "octavo_attend": [_P, _P, _I, _P, _I, _L, _I, _I, _I, _P, _P, _P, _I, _P, _L, _F, _F, _P, _L, _I],
+    "octavo_use_threads": [_P, _P],
+    "octavo_attend": [_P, _P, _I, _P, _I, _L, _I, _I, _I, _P, _P, _P, _L, _P, _L, _F, _F, _P, _L, _I],
     "octavo_write": [_P, _I, _P, _I, _L, _I, _I, _I, _P, _L, _F, _F, _I],
     "octavo_has_linear": [],
     "octavo_packed_size": [_L, _L],
     "octavo_pack": [_P, _P, _L, _L],
     "octavo_argmax": [_P, _P, _P, _L, _L, _I, _I],
+    "octavo_norm": [_P, _P, _P, _P, _L, _L, _F, _I],
+    "octavo_blocks": [_P],
     "octavo_linear": [_P, _P, _P, _L, _P, _P, _L, _L, _I, _I],
 }
 
@@ -130,14 +132,15 @@ def _load(path: Path) -> ctypes.CDLL:
         raise OSError(str(error)) from error
     loaded.octavo_has_linear.restype = _I
     loaded.octavo_packed_size.restype = _L
-    loaded.octavo_use_threads(_threads())
+    loaded.octavo_use_threads(*_threads())
     return loaded
 
 
-def _threads() -> int | None:
-    """The address of GOMP_parallel in the OpenMP library that torch itself has loaded, whichever that is."""
+def _threads() -> list[int | None]:
+    """The addresses of GOMP_parallel and GOMP_barrier in the OpenMP library that torch itself has loaded."""
     try:
-        return ctypes.cast(ctypes.CDLL("libtorch_cpu.so").GOMP_parallel, ctypes.c_void_p).value
+        torch_s = ctypes.CDLL("libtorch_cpu.so")
+        return [ctypes.cast(f, ctypes.c_void_p).value for f in (torch_s.GOMP_parallel, torch_s.GOMP_barrier)]
     except (OSError, AttributeError) as error:
         raise BuildError(f"no OpenMP threads of torch's: {error}") from error
 

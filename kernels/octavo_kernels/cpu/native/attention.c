@@ -1,16 +1,8 @@
 /* Attention of single queries over the paged cache, and cache writes. The specification is reference.paged_attention.
-
-   The cache of a layer is [2, num_blocks, heads, block_size, head_size]. A query's result depends on its own blocks
-   only, with the same bits whatever else is in the batch. */
+   A query's result depends on its own blocks only, with the same bits whatever else is in the batch. */
+#include "attention.h"
 #include "floats.h"
 #include "threads.h"
-
-struct cache {
-    char *data;
-    int type;
-    int64_t num_blocks;
-    int heads, block_size, head_size;
-};
 
 INLINE char *piece(const struct cache *c, int values, int64_t block, int head) {
     int64_t line = ((values * c->num_blocks + block) * c->heads + head) * c->block_size;
@@ -123,7 +115,10 @@ INLINE void weigh(vec *output, const float *weights, const char *values, int cou
 INLINE float soften(float *scores, int length) {
     for (int s = length; s % LANES; s++) scores[s] = -__builtin_inff();
     vec most = load(scores, FP32);
-    for (int s = LANES; s < length; s += LANES) most = choose(load(scores + s, FP32) > most, load(scores + s, FP32), most);
+    for (int s = LANES; s < length; s += LANES) {
+        vec x = load(scores + s, FP32);
+        most = choose(x > most, x, most);
+    }
     float greatest = most[0];
     for (int i = 1; i < LANES; i++) greatest = most[i] > greatest ? most[i] : greatest;
     vec total = {0};
@@ -197,27 +192,16 @@ INLINE void attend(char *to, const char *from, int qkv_type, const struct cache 
     }
 }
 
-/* What octavo_attend is asked for, in pieces: `parts` ranges of heads of each query. */
-struct attention {
-    struct cache cache;
-    char *output;
-    const char *qkv;
-    int qkv_type;
-    const int32_t *tokens, *rows, *lengths, *tables;
-    int64_t table_width;
-    float scale, v_scale, *scores;
-    int64_t scores_width, parts, num_pieces, next_piece, next_thread;
-};
-
 INLINE struct sequence sequence_of(const struct attention *a, int64_t piece) {
-    int64_t q = piece / a->parts;
-    if (piece >= a->num_pieces) return (struct sequence){0, 0};
-    return (struct sequence){a->tables + a->rows[q] * a->table_width, a->lengths[q]};
+    const struct queries *q = &a->queries;
+    int64_t i = piece / a->parts;
+    if (i >= q->count) return (struct sequence){0, 0};
+    return (struct sequence){q->tables + q->rows[i] * q->table_width, q->lengths[i]};
 }
 
 INLINE void attend_piece(const struct attention *a, int64_t piece, int64_t next, float *scores) {
     const struct cache *c = &a->cache;
-    int64_t q = piece / a->parts, part = piece % a->parts, token = a->tokens[q];
+    int64_t part = piece % a->parts, token = a->queries.tokens[piece / a->parts];
     int first = part * c->heads / a->parts, last = (part + 1) * c->heads / a->parts;
     int64_t width = (int64_t)c->heads * c->head_size * size_of(a->qkv_type);
     const char *from = a->qkv + token * 3 * width;
@@ -237,41 +221,43 @@ INLINE void attend_piece(const struct attention *a, int64_t piece, int64_t next,
     }
 }
 
-static void attend_pieces(void *data) {
-    struct attention *a = data;
+void attend_pieces(void *attention) {
+    struct attention *a = attention;
     float *scores = a->scores + take(&a->next_thread) * a->cache.heads * a->scores_width;
-    int64_t next = take(&a->next_piece);
-    for (int64_t i; (i = next) < a->num_pieces;) {
+    int64_t next = take(&a->next_piece), end = a->queries.count * a->parts;
+    for (int64_t i; (i = next) < end;) {
         next = take(&a->next_piece);
         attend_piece(a, i, next, scores);
     }
 }
 
-/* qkv: [T, 3 * heads * head_size], output: [T, heads * head_size], both of qkv_type. Query i is token tokens[i], whose
-   row of `tables` (table_width wide) is rows[i]; it sees lengths[i] tokens. Scores are multiplied by `scale`, which
-   includes the keys', the result by v_scale. scores: fp32 [num_threads, heads, scores_width], scores_width a multiple
-   of 16 that is at least the greatest length. */
+/* Few queries are divided, so that all threads have something to do. */
+int64_t parts_for(int64_t num_queries, int heads, int num_threads) {
+    if (num_queries >= 4 * (int64_t)num_threads) return 1;
+    return heads < num_threads ? heads : num_threads;
+}
+
+/* See struct attention. */
 void octavo_attend(char *output, const char *qkv, int qkv_type, char *data, int cache_type, int64_t num_blocks,
                    int heads, int block_size, int head_size, const int32_t *tokens, const int32_t *rows,
-                   const int32_t *lengths, int num_queries, const int32_t *tables, int64_t table_width, float scale,
+                   const int32_t *lengths, int64_t num_queries, const int32_t *tables, int64_t table_width, float scale,
                    float v_scale, float *scores, int64_t scores_width, int num_threads) {
-    int64_t few = heads < num_threads ? heads : num_threads;
-    int64_t parts = num_queries >= 4 * (int64_t)num_threads ? 1 : few;
     struct attention a = {
-        {data, cache_type, num_blocks, heads, block_size, head_size}, output, qkv, qkv_type, tokens, rows, lengths,
-        tables, table_width, scale, v_scale, scores, scores_width, parts, num_queries * parts, 0, 0,
+        {data, cache_type, num_blocks, heads, block_size, head_size},
+        output,
+        qkv,
+        qkv_type,
+        {tokens, rows, lengths, num_queries, tables, table_width},
+        scale,
+        v_scale,
+        scores,
+        scores_width,
+        parts_for(num_queries, heads, num_threads),
+        0,
+        0,
     };
     in_threads(attend_pieces, &a, num_threads);
 }
-
-struct writing {
-    struct cache cache;
-    const char *qkv;
-    int qkv_type;
-    const int64_t *slots;
-    float k_scale, v_scale;
-    int64_t num_tokens, next_token;
-};
 
 INLINE void write_token(const struct writing *w, int64_t t) {
     const struct cache *c = &w->cache;
@@ -293,19 +279,24 @@ INLINE void write_token(const struct writing *w, int64_t t) {
     }
 }
 
-static void write_tokens(void *data) {
-    struct writing *w = data;
+void write_tokens(void *writing) {
+    struct writing *w = writing;
     for (int64_t t; (t = take(&w->next_token)) < w->num_tokens;) write_token(w, t);
 }
 
-/* Keys over k_scale and values over v_scale, of qkv [T, 3 * heads * head_size], to the slots (block * block_size +
-   offset) of slot_mapping [T]. */
+/* See struct writing. */
 void octavo_write(const char *qkv, int qkv_type, char *data, int cache_type, int64_t num_blocks, int heads,
-                  int block_size, int head_size, const int64_t *slot_mapping, int64_t num_tokens, float k_scale,
-                  float v_scale, int num_threads) {
+                  int block_size, int head_size, const int64_t *slots, int64_t num_tokens, float k_scale, float v_scale,
+                  int num_threads) {
     struct writing w = {
-        {data, cache_type, num_blocks, heads, block_size, head_size}, qkv, qkv_type, slot_mapping, k_scale, v_scale,
-        num_tokens, 0,
+        {data, cache_type, num_blocks, heads, block_size, head_size},
+        qkv,
+        qkv_type,
+        slots,
+        num_tokens,
+        k_scale,
+        v_scale,
+        0,
     };
     in_threads(write_tokens, &w, num_tokens > 1 ? num_threads : 1);
 }

@@ -2,13 +2,12 @@
 
    Weights are packed in strips of 48 outputs: [ceil(O / 48), K / 2, 48, 2], zeros after the last output. Products are
    exact and sums are in fp32, in the order of K for every output: a row's result does not depend on other rows. */
+#include "linear.h"
 #include "floats.h"
 #include "threads.h"
 
 #define VECTORS 3 /* of outputs in a strip; with 8 rows they fill 24 of 32 registers */
 #define STRIP (VECTORS * LANES)
-
-enum activation { NONE = 0, GELU_TANH = 1 }; /* as in __init__.py */
 
 /* Clang 16 crashes over a number for all lanes that is taken as bf16. */
 #if defined(__AVX512BF16__) && !(defined(__clang__) && __clang_major__ < 17)
@@ -25,17 +24,12 @@ int64_t octavo_packed_size(int64_t outputs, int64_t inputs) { return (outputs + 
 void octavo_pack(uint16_t *to, const uint16_t *weight, int64_t outputs, int64_t inputs) {
     for (int64_t o = 0; o < (outputs + STRIP - 1) / STRIP * STRIP; o++) {
         uint16_t *strip = to + o / STRIP * STRIP * inputs + o % STRIP * 2;
-        for (int64_t k = 0; k < inputs; k++) strip[k / 2 * 2 * STRIP + k % 2] = o < outputs ? weight[o * inputs + k] : 0;
+        for (int64_t k = 0; k < inputs; k++)
+            strip[k / 2 * 2 * STRIP + k % 2] = o < outputs ? weight[o * inputs + k] : 0;
     }
 }
 
 #if HAS_LINEAR
-
-struct layer {
-    const uint16_t *weight, *bias; /* packed; [O] or NULL */
-    int64_t outputs, inputs;
-    int activation;
-};
 
 /* x / (1 + 2^t), t = -2 * log2(e) * sqrt(2 / pi) * (x + 0.044715 * x^3), within 1e-4: bf16 keeps 8 bits of it. */
 INLINE vec gelu_tanh(vec x) {
@@ -61,8 +55,8 @@ INLINE void finish(uint16_t *to, vec x, const struct layer *l, int64_t output, c
     part ? store_part(to, x, count, BF16) : store_bf16(to, x);
 }
 
-/* Some rows by a strip, in registers over all of K. Meanwhile `lines` of the cache lines (a vector each) of every pair of
-   inputs are fetched from `ahead` on. */
+/* Some rows by a strip, in registers over all of K. Meanwhile `lines` of the cache lines (a vector each) of every pair
+   of inputs are fetched from `ahead` on. */
 INLINE void tile(uint16_t *to, const uint16_t *x, const uint16_t *residual, const struct layer *l, int64_t strip,
                  int rows, const uint16_t *ahead, int lines) {
     __m512 sums[8][VECTORS];
@@ -92,14 +86,6 @@ INLINE void tile(uint16_t *to, const uint16_t *x, const uint16_t *residual, cons
         }
 }
 
-struct product {
-    struct layer layer;
-    uint16_t *to;
-    const uint16_t *x, *residual;
-    int64_t num_rows, num_strips, next_strip;
-    int num_threads;
-};
-
 /* All rows by a strip. Where their products take longer than reading weights does, the strip `ahead` is fetched by the
    first 24 of them, evenly: else memory waits for the products and the products for memory. */
 INLINE void multiply_strip(const struct product *p, int64_t strip, const uint16_t *ahead) {
@@ -125,42 +111,43 @@ INLINE void multiply_strip(const struct product *p, int64_t strip, const uint16_
 #undef TILE
 }
 
+INLINE int64_t num_strips(const struct layer *l) { return (l->outputs + STRIP - 1) / STRIP; }
+
 struct run {
     int64_t next, end;
 };
 
 /* Strips that nobody has yet, one after the other: a thread's share of those that are left. Long runs are read faster;
-   they become short towards the end, so that no thread waits for long. At least one, though it may be beyond the last. */
+   they become short towards the end, so that no thread waits for long. At least one, be it beyond the last. */
 INLINE struct run take_run(struct product *p) {
     int64_t first = __atomic_load_n(&p->next_strip, __ATOMIC_RELAXED), count;
     do {
-        count = (p->num_strips - first) / p->num_threads;
+        count = (num_strips(&p->layer) - first) / p->num_threads;
         count = count > 1 ? count : 1;
-    } while (!__atomic_compare_exchange_n(&p->next_strip, &first, first + count, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    } while (
+        !__atomic_compare_exchange_n(&p->next_strip, &first, first + count, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return (struct run){first, first + count};
 }
 
-static void multiply_strips(void *data) {
-    struct product *p = data;
-    int64_t size = STRIP * p->layer.inputs;
+void multiply_strips(void *product) {
+    struct product *p = product;
+    int64_t size = STRIP * p->layer.inputs, end = num_strips(&p->layer);
     struct run own = take_run(p);
-    for (int64_t strip; (strip = own.next) < p->num_strips;) {
+    for (int64_t strip; (strip = own.next) < end;) {
         if (++own.next == own.end) own = take_run(p);
-        multiply_strip(p, strip, p->layer.weight + (own.next < p->num_strips ? own.next : strip) * size);
+        multiply_strip(p, strip, p->layer.weight + (own.next < end ? own.next : strip) * size);
     }
-}
-
-/* to = activation(x @ weight.T + bias) + residual. x: [M, K], to and residual: [M, O], bf16; residual may be `to`. */
-void octavo_linear(uint16_t *to, const uint16_t *x, const uint16_t *residual, int64_t num_rows, const uint16_t *weight,
-                   const uint16_t *bias, int64_t outputs, int64_t inputs, int activation, int num_threads) {
-    int64_t num_strips = (outputs + STRIP - 1) / STRIP;
-    struct product p = {{weight, bias, outputs, inputs, activation}, to, x, residual, num_rows, num_strips, 0, num_threads};
-    in_threads(multiply_strips, &p, num_threads);
 }
 
 #else
 
-void octavo_linear(uint16_t *to, const uint16_t *x, const uint16_t *residual, int64_t num_rows, const uint16_t *weight,
-                   const uint16_t *bias, int64_t outputs, int64_t inputs, int activation, int num_threads) {}
+void multiply_strips(void *product) {}
 
 #endif
+
+/* See struct product; nothing is computed where octavo_has_linear() is 0. */
+void octavo_linear(uint16_t *to, const uint16_t *x, const uint16_t *residual, int64_t num_rows, const uint16_t *weight,
+                   const uint16_t *bias, int64_t outputs, int64_t inputs, int activation, int num_threads) {
+    struct product p = {{weight, bias, outputs, inputs, activation}, to, x, residual, num_rows, num_threads, 0};
+    in_threads(multiply_strips, &p, num_threads);
+}

@@ -7,6 +7,9 @@
 /* Runs body(data) in num_threads threads at once, this one among them. */
 __attribute__((visibility("hidden"))) void in_threads(void (*body)(void *), void *data, int num_threads);
 
+/* Within `body`: waits until all its threads are here. */
+__attribute__((visibility("hidden"))) void meet(int num_threads);
+
 /* A number that no other thread gets: 0, 1, ... */
 static inline int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
