@@ -198,8 +198,7 @@ def decode_kernel(
     stride_qkv, stride_half, stride_block, stride_table, stride_out,
     num_blocks, max_blocks, max_splits,  # N, B, splits
     scale, k_scale, v_scale,  # base-2 scores are query * key * scale: the cache's scale is in it
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,  # H, D, S
-    TILE_D: tl.constexpr,  # power of 2, at least D
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_D: tl.constexpr,  # H, D, S, a power of 2 from D on
     GROUPS: tl.constexpr,  # keys that lie side by side in a warp
     REPEATS: tl.constexpr,  # keys of a tile that a lane holds
     MAX_SPLITS: tl.constexpr,  # power of 2, at least max_splits

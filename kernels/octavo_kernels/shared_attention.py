@@ -61,9 +61,7 @@ def shared_kernel(
     num_rows,  # R
     scale,  # base-2 scores are query * key * scale: the cache's scale is in it
     v_scale,
-    HEADS: tl.constexpr, D: tl.constexpr,
-    TILE_D: tl.constexpr,  # power of 2, at least D
-    BLOCK: tl.constexpr,  # S
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_D: tl.constexpr,  # H, D, S, a power of 2 from D on
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, SPLIT_LEN: tl.constexpr, QUERIES: tl.constexpr,
     FP8_FORM: tl.constexpr, UPCAST: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,

@@ -165,8 +165,7 @@ def verify_kernel(
     stride_qkv, stride_half, stride_block, stride_table, stride_out,
     num_blocks, max_blocks, max_splits, num_rows, num_tokens,  # N, B, splits, R, T
     scale, k_scale, v_scale,  # base-2 scores are query * key * scale: the cache's scale is in it
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,  # H, D, S
-    TILE_D: tl.constexpr,  # power of 2, at least D
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_D: tl.constexpr,  # H, D, S, a power of 2 from D on
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, SPLIT_LEN: tl.constexpr,
     QUERIES: tl.constexpr,  # that the workspace has room for: 1, or TILE_M at least
     WRITE: tl.constexpr,  # the last token's key and value are written to the cache first; with one query per row
