@@ -250,7 +250,8 @@ def verify_attention(
     if num_tiles:
         arguments = common_arguments(qkv, layer_cache, block_tables, seq_lens, scale, k_scale, v_scale)
         arguments |= {"loc_ptr": query_start_loc, "tile_rows_ptr": tile_rows, "tile_starts_ptr": tile_starts}
-        arguments |= {"k_scale": float(k_scale), "WRITE": False} | launch_options(dependent_launch)
+        arguments |= {"k_scale": float(k_scale), "num_rows": seq_lens.shape[0], "WRITE": False}
+        arguments |= launch_options(dependent_launch)
         _launch((num_heads, num_tiles, splits), qkv, layer_cache, out, workspace, upcast, arguments)
     return out
 
@@ -271,7 +272,7 @@ def decode_dot(
 ) -> None:
     """`decode_attention` on tensor cores, which has checked the arguments: rows of one token, which is written to the
     cache. arguments: of the launch by name, `common_arguments` and k_scale among them."""
-    alone = {"loc_ptr": None, "tile_rows_ptr": None, "tile_starts_ptr": None, "WRITE": True}
+    alone = {"loc_ptr": None, "tile_rows_ptr": None, "tile_starts_ptr": None, "num_rows": qkv.shape[0], "WRITE": True}
     grid = (layer_cache.shape[2], qkv.shape[0], splits)
     _launch(grid, qkv, layer_cache, out, workspace, upcast, arguments | alone)
 
@@ -296,7 +297,6 @@ def _launch(
         ticket_ptr=workspace.tickets,
         out_ptr=out,
         stride_out=row_stride(out),
-        num_rows=arguments["lens_ptr"].shape[0],
         num_tokens=qkv.shape[0],
         **constants,
         UPCAST=wide,
