@@ -12,28 +12,17 @@ Log
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
-from typing import Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_kernels.checks import (
-    FLOATS,
-    FP8,
-    require_contiguous,
-    require_dense_rows,
-    require_device,
-    require_floats,
-    require_like,
-)
+from octavo_kernels.checks import FP8
 from octavo_kernels.fp8 import encode_e4m3
-from octavo_kernels.kv_write import BLOCK_SIZES
+from octavo_kernels.products import product
 
-LOG2_E: Final = math.log2(math.e)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # before the first score: finite, so that no difference is NaN
 _E4M3_UNIT = tl.constexpr(2.0**120)  # e4m3's bits, shifted to fp32's exponent and mantissa, are numbers times 2**-120
 
@@ -108,15 +97,28 @@ def shared_count(shared, length, SPLIT_LEN: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, acc, FORM: tl.constexpr):
-    """acc + a @ b in fp32. `FORM` is "dot" on a GPU; see `product_form` for the others."""
-    if FORM == "dot":
-        return tl.dot(a, b, acc, input_precision="ieee")
-    elif FORM == "widened dot":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        tl.static_assert(FORM == "sum")
-        return acc + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+def tokens_of_tile(first_token, first_query, chunk, num_tokens, TILE_M: tl.constexpr):
+    """int64 [TILE_M] tokens from a chunk's query `first_query` on, and which of them are the chunk's."""
+    index = tl.arange(0, TILE_M)
+    token = first_token.to(tl.int64) + first_query + index
+    live = (first_query + index < chunk) & (first_query + index >= 0) & (token >= 0) & (token < num_tokens)
+    return token, live
+
+
+@triton.jit
+def read_queries(qkv_ptr, token, mask, head, stride_qkv, D: tl.constexpr, TILE_D: tl.constexpr, UPCAST: tl.constexpr):
+    """[M, TILE_D] of one head, in fp32 where UPCAST."""
+    dims = tl.arange(0, TILE_D)
+    q = tl.load(qkv_ptr + token[:, None] * stride_qkv + (head * D + dims)[None, :], mask=mask, other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    return q
+
+
+@triton.jit
+def no_keys(TILE_M: tl.constexpr, TILE_D: tl.constexpr):
+    """peak, total, acc of `attend_tile` before the first key."""
+    return tl.full([TILE_M], LOWEST, tl.float32), tl.zeros([TILE_M], tl.float32), tl.zeros([TILE_M, TILE_D], tl.float32)
 
 
 @triton.jit
@@ -205,16 +207,6 @@ def write_token(
     return key, value
 
 
-def product_form(qkv: Tensor, fixed_order: bool) -> str:
-    """How tiles are multiplied. In the interpreter tl.dot is NumPy's product, which takes bf16 for integers, and whose
-    sums may depend on a row's place among the others: bf16 is widened there, and a fixed order needs plain sums."""
-    if qkv.device.type != "cpu":
-        return "dot"
-    if fixed_order:
-        return "sum"
-    return "widened dot" if qkv.dtype == torch.bfloat16 else "dot"
-
-
 def fp8_form(layer_cache: Tensor) -> str:
     """How a cache is decoded: "none" unless it is fp8, else by "hardware" (from sm_89 on) or by "integers"."""
     if layer_cache.dtype != FP8:
@@ -225,58 +217,3 @@ def fp8_form(layer_cache: Tensor) -> str:
 @lru_cache(maxsize=16)
 def _converts_e4m3(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def as_numbers(layer_cache: Tensor) -> Tensor:
-    """What kernels get: fp8 as bytes."""
-    return layer_cache.view(torch.uint8) if layer_cache.dtype == FP8 else layer_cache
-
-
-def check_attention(
-    qkv: Tensor,
-    layer_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    out: Tensor | None,
-    scale: float,
-    k_scale: float,
-    v_scale: float,
-) -> None:
-    """What all the wrappers ask of their arguments; some have no out. Raises ValueError naming the argument."""
-    require_floats("qkv", qkv)
-    require_floats("layer_cache", layer_cache, (*FLOATS, FP8))
-    if layer_cache.dim() != 5 or layer_cache.shape[0] != 2 or layer_cache.shape[1] == 0:
-        raise ValueError(f"layer_cache: shape {tuple(layer_cache.shape)} is not [2, blocks, heads, slots, size]")
-    _, _, num_heads, block_size, head_size = layer_cache.shape
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"layer_cache: block size {block_size} is not one of {BLOCK_SIZES}")
-    if layer_cache.stride()[2:] != (block_size * head_size, head_size, 1):
-        raise ValueError(f"layer_cache: strides {layer_cache.stride()}: heads, slots and numbers are not contiguous")
-    require_device("layer_cache", layer_cache, qkv)
-    if qkv.dim() != 2 or qkv.shape[1] != 3 * num_heads * head_size:
-        raise ValueError(f"qkv: shape {tuple(qkv.shape)} is not [tokens, 3 * {num_heads} * {head_size}]")
-    require_dense_rows("qkv", qkv)
-    if out is not None:
-        require_like("out", out, (qkv.shape[0], num_heads * head_size), qkv)
-    require_ints("seq_lens", seq_lens, (seq_lens.shape[0] if seq_lens.dim() else 0,), qkv)
-    if block_tables.dim() != 2 or block_tables.shape[0] != seq_lens.shape[0] or block_tables.shape[1] == 0:
-        raise ValueError(f"block_tables: shape {tuple(block_tables.shape)} is not [{seq_lens.shape[0]}, blocks]")
-    require_floats("block_tables", block_tables, (torch.int32,))
-    require_device("block_tables", block_tables, qkv)
-    require_dense_rows("block_tables", block_tables)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: {scale} is not finite")
-    for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if not 0 < factor < math.inf:
-            raise ValueError(f"{name}: {factor} is not positive and finite")
-        if factor != 1 and layer_cache.dtype != FP8:
-            raise ValueError(f"{name}: {factor} for a cache of {layer_cache.dtype}; only fp8 is scaled")
-
-
-def require_ints(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raises ValueError naming the tensor unless it is int32, contiguous, of this shape and on `like`'s device."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not {shape}")
-    require_floats(name, tensor, (torch.int32,))
-    require_device(name, tensor, like)
-    require_contiguous(name, tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class AttentionWorkspace:
     @property
     def num_queries(self) -> int:
         return self.partial.shape[3]
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the kernels that leave results of splits here, by name."""
+        return {
+            "partial_ptr": self.partial,
+            "lse_ptr": self.lse,
+            "max_splits": self.max_splits,
+            "QUERIES": self.num_queries,
+        }
 
     @staticmethod
     def allocate(

@@ -170,40 +170,99 @@ def _repetition_penalties(scores, features, params_ptr, bitmaps_ptr, words, toke
     return scores
 
 
+@triton.jit
+def _set_bans(
+    banned_ptr, bad_words_ptr, slot, params_ptr, features, hist_ptr, length, vocab_size, bitmap_words, list_words,
+    TILE: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """The row's bitmap of what its n-grams and bad words ban."""
+    for start in range(0, bitmap_words, TILE):
+        word = start + tl.arange(0, TILE)
+        tl.store(banned_ptr + word, tl.zeros([TILE], tl.int32), mask=word < bitmap_words)
+    tl.debug_barrier()  # zeros before bans
+    if features & _USES_NGRAM:
+        size = tl.load(params_ptr + _NGRAM_SIZE)
+        _ban_completions(banned_ptr, hist_ptr, length, length, size, vocab_size, WINDOWS)
+    if features & _USES_PROMPT_NGRAM:
+        size = tl.load(params_ptr + _PROMPT_NGRAM_SIZE)
+        prompt_len = tl.minimum(tl.load(params_ptr + _PROMPT_LEN), length)
+        _ban_completions(banned_ptr, hist_ptr, prompt_len, length, size, vocab_size, WINDOWS)
+    if features & _USES_BAD_WORDS:
+        words_ptr = bad_words_ptr + slot * list_words
+        num_bad_words = tl.load(params_ptr + _NUM_BAD_WORDS)
+        _ban_bad_words(banned_ptr, words_ptr, list_words, num_bad_words, hist_ptr, length, vocab_size, 64)
+
+
+@triton.jit
+def _score_segment(
+    logits_ptr, scores_ptr, first, features, params_ptr, bitmaps_ptr, vocab_size, num_columns, bitmap_words,
+    RECIPROCAL: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Steps 3 and 4 of all tokens of the segment, as if none had a bias."""
+    for start in range(first, tl.minimum(first + SEGMENT, num_columns), TILE):
+        token = start + tl.arange(0, TILE)
+        inside = token < num_columns  # vocab_size here would cost the wide loads
+        x = tl.load(logits_ptr + token, mask=inside, other=0.0).to(tl.float32)
+        x = _repetition_penalties(
+            x, features, params_ptr, bitmaps_ptr, bitmap_words, token, token < vocab_size, RECIPROCAL
+        )
+        tl.store(scores_ptr + token, x, mask=inside)
+
+
+@triton.jit
+def _score_biased(
+    logits_ptr, scores_ptr, first, last, slot, features, params_ptr, bitmaps_ptr, bias_ids_ptr, bias_values_ptr,
+    sequences_ptr, hist_ptr, length, bitmap_words, max_biases, list_words,
+    RECIPROCAL: tl.constexpr, LIST: tl.constexpr,
+):  # fmt: skip
+    """Steps 2 to 4 of the biased tokens of the segment, which are written once more."""
+    num_biases = tl.minimum(tl.load(params_ptr + _NUM_BIASES), max_biases)
+    num_sequences = tl.load(params_ptr + _NUM_BIAS_SEQUENCES)
+    for start in range(0, num_biases, LIST):
+        index = start + tl.arange(0, LIST)
+        mask = index < num_biases
+        token = tl.load(bias_ids_ptr + slot * max_biases + index, mask=mask, other=-1)
+        sums = _sums_of_biases(
+            bias_values_ptr + slot * max_biases, sequences_ptr + slot * list_words, list_words, num_sequences,
+            hist_ptr, length, index, mask, 64,
+        )  # fmt: skip
+        mine = (token >= first) & (token < last)
+        x = tl.load(logits_ptr + token, mask=mine, other=0.0).to(tl.float32) + sums
+        x = _repetition_penalties(x, features, params_ptr, bitmaps_ptr, bitmap_words, token, mine, RECIPROCAL)
+        tl.store(scores_ptr + token, x, mask=mine)
+
+
+@triton.jit
+def _subtract_output_penalties(
+    scores_ptr, first, last, slot, params_ptr, num_counts_ptr, count_ids_ptr, counts_ptr, hist_width, LIST: tl.constexpr
+):
+    """Step 4a of the segment's tokens that the output has."""
+    frequency = _float_param(params_ptr, _FREQUENCY)
+    presence = _float_param(params_ptr, _PRESENCE)
+    num_counts = tl.minimum(tl.load(num_counts_ptr + slot), hist_width)
+    for start in range(0, num_counts, LIST):
+        index = start + tl.arange(0, LIST)
+        mask = index < num_counts
+        token = tl.load(count_ids_ptr + slot * hist_width + index, mask=mask, other=-1)
+        count = tl.load(counts_ptr + slot * hist_width + index, mask=mask, other=0)
+        mine = (token >= first) & (token < last) & (count > 0)
+        x = tl.load(scores_ptr + token, mask=mine, other=0.0)
+        x = x - frequency * count.to(tl.float32) - presence
+        tl.store(scores_ptr + token, x, mask=mine)
+
+
 @triton.jit(do_not_specialize=["padding_slot", "vocab_size"])
 def _history_kernel(
-    logits_ptr,
-    row_slots_ptr,
-    length_ptr,
-    finished_ptr,
-    params_ptr,
-    hist_ptr,
-    bitmaps_ptr,
-    num_counts_ptr,
-    count_ids_ptr,
-    counts_ptr,
-    bias_ids_ptr,
-    bias_values_ptr,
-    bias_sequences_ptr,
-    bad_words_ptr,
-    scores_ptr,
-    banned_ptr,
-    stride_logits,
-    stride_scores,
-    padding_slot,
-    vocab_size,
+    logits_ptr, row_slots_ptr,
+    length_ptr, finished_ptr, params_ptr, hist_ptr, bitmaps_ptr, num_counts_ptr, count_ids_ptr, counts_ptr,
+    bias_ids_ptr, bias_values_ptr, bias_sequences_ptr, bad_words_ptr,
+    scores_ptr, banned_ptr,
+    stride_logits, stride_scores, padding_slot, vocab_size,
     num_columns,  # of logits and scores
-    hist_width,
-    bitmap_words,
-    max_biases,
-    list_words,
-    RECIPROCAL: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    LIST: tl.constexpr,
+    hist_width, bitmap_words, max_biases, list_words,
+    RECIPROCAL: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr, WINDOWS: tl.constexpr, LIST: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-):
+):  # fmt: skip
     """Program (row, 0) sets the row's bans, program (row, 1 + s) writes segment s of its scores."""
     if DEPENDENT_LAUNCH:
         follow()
@@ -220,75 +279,33 @@ def _history_kernel(
         length = tl.minimum(tl.maximum(tl.load(length_ptr + slot), 0), hist_width)
 
         if part == 0:
-            banned_ptr += row * bitmap_words
-            for start in range(0, bitmap_words, TILE):
-                word = start + tl.arange(0, TILE)
-                tl.store(banned_ptr + word, tl.zeros([TILE], tl.int32), mask=word < bitmap_words)
-            tl.debug_barrier()  # zeros before bans
-            if features & _USES_NGRAM:
-                size = tl.load(params_ptr + _NGRAM_SIZE)
-                _ban_completions(banned_ptr, hist_ptr, length, length, size, vocab_size, WINDOWS)
-            if features & _USES_PROMPT_NGRAM:
-                size = tl.load(params_ptr + _PROMPT_NGRAM_SIZE)
-                prompt_len = tl.minimum(tl.load(params_ptr + _PROMPT_LEN), length)
-                _ban_completions(banned_ptr, hist_ptr, prompt_len, length, size, vocab_size, WINDOWS)
-            if features & _USES_BAD_WORDS:
-                words_ptr = bad_words_ptr + slot * list_words
-                num_bad_words = tl.load(params_ptr + _NUM_BAD_WORDS)
-                _ban_bad_words(banned_ptr, words_ptr, list_words, num_bad_words, hist_ptr, length, vocab_size, 64)
+            _set_bans(
+                banned_ptr + row * bitmap_words, bad_words_ptr, slot, params_ptr, features, hist_ptr, length,
+                vocab_size, bitmap_words, list_words, TILE, WINDOWS,
+            )  # fmt: skip
         else:
             first = (part - 1) * SEGMENT
             last = tl.minimum(first + SEGMENT, vocab_size)
             logits_ptr += row * stride_logits
             scores_ptr += row * stride_scores
             bitmaps_ptr += slot * _NUM_BITMAPS * bitmap_words
-            for start in range(first, tl.minimum(first + SEGMENT, num_columns), TILE):
-                token = start + tl.arange(0, TILE)
-                inside = token < num_columns  # vocab_size here would cost the wide loads
-                x = tl.load(logits_ptr + token, mask=inside, other=0.0).to(tl.float32)
-                x = _repetition_penalties(
-                    x, features, params_ptr, bitmaps_ptr, bitmap_words, token, token < vocab_size, RECIPROCAL
-                )
-                tl.store(scores_ptr + token, x, mask=inside)
+            _score_segment(
+                logits_ptr, scores_ptr, first, features, params_ptr, bitmaps_ptr, vocab_size, num_columns, bitmap_words,
+                RECIPROCAL, SEGMENT, TILE,
+            )  # fmt: skip
             if features & _USES_BIAS:
-                tl.debug_barrier()  # biased tokens are written once more
-                num_biases = tl.minimum(tl.load(params_ptr + _NUM_BIASES), max_biases)
-                num_sequences = tl.load(params_ptr + _NUM_BIAS_SEQUENCES)
-                for start in range(0, num_biases, LIST):
-                    index = start + tl.arange(0, LIST)
-                    mask = index < num_biases
-                    token = tl.load(bias_ids_ptr + slot * max_biases + index, mask=mask, other=-1)
-                    sums = _sums_of_biases(
-                        bias_values_ptr + slot * max_biases,
-                        bias_sequences_ptr + slot * list_words,
-                        list_words,
-                        num_sequences,
-                        hist_ptr,
-                        length,
-                        index,
-                        mask,
-                        64,
-                    )
-                    mine = (token >= first) & (token < last)
-                    x = tl.load(logits_ptr + token, mask=mine, other=0.0).to(tl.float32) + sums
-                    x = _repetition_penalties(
-                        x, features, params_ptr, bitmaps_ptr, bitmap_words, token, mine, RECIPROCAL
-                    )
-                    tl.store(scores_ptr + token, x, mask=mine)
+                tl.debug_barrier()
+                _score_biased(
+                    logits_ptr, scores_ptr, first, last, slot, features, params_ptr, bitmaps_ptr, bias_ids_ptr,
+                    bias_values_ptr, bias_sequences_ptr, hist_ptr, length, bitmap_words, max_biases, list_words,
+                    RECIPROCAL, LIST,
+                )  # fmt: skip
             if features & _USES_OUTPUT_PENALTY:
                 tl.debug_barrier()
-                frequency = _float_param(params_ptr, _FREQUENCY)
-                presence = _float_param(params_ptr, _PRESENCE)
-                num_counts = tl.minimum(tl.load(num_counts_ptr + slot), hist_width)
-                for start in range(0, num_counts, LIST):
-                    index = start + tl.arange(0, LIST)
-                    mask = index < num_counts
-                    token = tl.load(count_ids_ptr + slot * hist_width + index, mask=mask, other=-1)
-                    count = tl.load(counts_ptr + slot * hist_width + index, mask=mask, other=0)
-                    mine = (token >= first) & (token < last) & (count > 0)
-                    x = tl.load(scores_ptr + token, mask=mine, other=0.0)
-                    x = x - frequency * count.to(tl.float32) - presence
-                    tl.store(scores_ptr + token, x, mask=mine)
+                _subtract_output_penalties(
+                    scores_ptr, first, last, slot, params_ptr, num_counts_ptr, count_ids_ptr, counts_ptr, hist_width,
+                    LIST,
+                )  # fmt: skip
 
 
 def apply_history(
@@ -323,40 +340,23 @@ def apply_history(
     num_columns = min(logits.shape[1], workspace.scores.shape[1])
     grid = (num_rows, 1 + triton.cdiv(state.vocab_size, SEGMENT))
     _history_kernel[grid](
-        logits,
-        row_slots,
-        state.length,
-        state.finished,
-        state.params,
-        state.hist,
-        state.bitmaps,
-        state.num_counts,
-        state.count_ids,
-        state.counts,
-        state.bias_ids,
-        state.bias_values,
-        state.bias_sequences,
-        state.bad_words,
-        workspace.scores,
-        workspace.banned,
-        logits.stride(0),
-        workspace.scores.stride(0),
-        state.padding_slot,
-        state.vocab_size,
-        num_columns,
-        state.hist.shape[1],
-        state.bitmaps.shape[2],
-        state.bias_ids.shape[1],
-        state.bias_sequences.shape[1],
-        RECIPROCAL=reciprocal,
-        SEGMENT=SEGMENT,
-        TILE=_TILE,
-        WINDOWS=_WINDOWS,
-        LIST=_LIST,
+        logits, row_slots,
+        state.length, state.finished, state.params, state.hist, state.bitmaps,
+        state.num_counts, state.count_ids, state.counts,
+        state.bias_ids, state.bias_values, state.bias_sequences, state.bad_words,
+        workspace.scores, workspace.banned,
+        logits.stride(0), workspace.scores.stride(0), state.padding_slot, state.vocab_size, num_columns,
+        state.hist.shape[1], state.bitmaps.shape[2], state.bias_ids.shape[1], state.bias_sequences.shape[1],
+        **_constants(reciprocal),
         num_warps=_WARPS,
         enable_fp_fusion=False,
         **launch_options(dependent_launch),
-    )
+    )  # fmt: skip
+
+
+def _constants(reciprocal: bool) -> dict[str, Any]:
+    """constexprs of the kernel but the launch's."""
+    return {"RECIPROCAL": reciprocal, "SEGMENT": SEGMENT, "TILE": _TILE, "WINDOWS": _WINDOWS, "LIST": _LIST}
 
 
 def _check(logits: Tensor, state: SlotState, row_slots: Tensor, workspace: SamplerWorkspace) -> None:
@@ -387,14 +387,7 @@ def compile_variants() -> list[Variant]:
 
 
 def _variant(name: str, dtype: str, reciprocal: bool) -> Variant:
-    constants: dict[str, Any] = {
-        "RECIPROCAL": reciprocal,
-        "SEGMENT": SEGMENT,
-        "TILE": _TILE,
-        "WINDOWS": _WINDOWS,
-        "LIST": _LIST,
-        "DEPENDENT_LAUNCH": False,
-    }
+    constants = _constants(reciprocal) | {"DEPENDENT_LAUNCH": False}
     pointers = {argument: "*i32" for argument in _history_kernel.arg_names if argument.endswith("_ptr")}
     pointers |= {"logits_ptr": f"*{dtype}", "scores_ptr": "*fp32"}
     signature = dict.fromkeys(_history_kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")

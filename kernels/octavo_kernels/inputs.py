@@ -108,32 +108,40 @@ def apply_diffs(state: SlotState, offsets: Tensor, values: Tensor, count: Tensor
         )
 
 
+@triton.jit
+def _write_tokens(
+    begin, count, slot, live, computed, length,
+    hist_ptr, table_ptr, input_ids_ptr, positions_ptr, slot_mapping_ptr, num_blocks, vocab_size,
+    hist_width, table_width,
+    BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A row's `count` tokens from token `begin` on: ids, positions and cache slots."""
+    tokens = tl.arange(0, TOKENS)
+    for start in range(0, count, TOKENS):
+        index = start + tokens
+        inside = index < count
+        position = computed + index
+        reads = inside & live
+        token = tl.load(hist_ptr + slot * hist_width + position, mask=reads & (position < length), other=0)
+        token = tl.where((token >= 0) & (token < vocab_size), token, 0)
+        block = tl.load(table_ptr + slot * table_width + position // BLOCK_SIZE, mask=reads, other=0)
+        cache_slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+        cache_slot = tl.where((block > 0) & (block < num_blocks), cache_slot, -1)
+        tl.store(input_ids_ptr + begin + index, token, mask=inside)
+        tl.store(positions_ptr + begin + index, tl.where(live, position, 0), mask=inside)
+        tl.store(slot_mapping_ptr + begin + index, cache_slot, mask=inside)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "padding_slot", "num_blocks", "vocab_size"])
 def _prepare_kernel(
-    row_slots_ptr,
-    query_start_loc_ptr,
-    num_computed_ptr,
-    length_ptr,
-    finished_ptr,
-    hist_ptr,
-    table_ptr,
-    input_ids_ptr,
-    positions_ptr,
-    slot_mapping_ptr,
-    seq_lens_ptr,
-    block_tables_ptr,
-    num_rows,
-    num_tokens,
-    padding_slot,
-    num_blocks,
-    vocab_size,
+    row_slots_ptr, query_start_loc_ptr,
+    num_computed_ptr, length_ptr, finished_ptr, hist_ptr, table_ptr,
+    input_ids_ptr, positions_ptr, slot_mapping_ptr, seq_lens_ptr, block_tables_ptr,
+    num_rows, num_tokens, padding_slot, num_blocks, vocab_size,
     hist_width,  # N + 1
     table_width,  # B
-    BLOCK_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TABLE: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
-):
+    BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, TABLE: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
+):  # fmt: skip
     """One program per row, and one more for the tokens behind the last row."""
     if DEPENDENT_LAUNCH:
         follow()
@@ -154,21 +162,10 @@ def _prepare_kernel(
     room = tl.minimum(hist_width - 1, table_width * BLOCK_SIZE)
     live &= (computed >= 0) & (computed <= room - count)
 
-    tokens = tl.arange(0, TOKENS)
-    for start in range(0, count, TOKENS):
-        index = start + tokens
-        inside = index < count
-        position = computed + index
-        reads = inside & live
-        token = tl.load(hist_ptr + slot64 * hist_width + position, mask=reads & (position < length), other=0)
-        token = tl.where((token >= 0) & (token < vocab_size), token, 0)
-        block = tl.load(table_ptr + slot64 * table_width + position // BLOCK_SIZE, mask=reads, other=0)
-        cache_slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
-        cache_slot = tl.where((block > 0) & (block < num_blocks), cache_slot, -1)
-        tl.store(input_ids_ptr + begin + index, token, mask=inside)
-        tl.store(positions_ptr + begin + index, tl.where(live, position, 0), mask=inside)
-        tl.store(slot_mapping_ptr + begin + index, cache_slot, mask=inside)
-
+    _write_tokens(
+        begin, count, slot64, live, computed, length, hist_ptr, table_ptr, input_ids_ptr, positions_ptr,
+        slot_mapping_ptr, num_blocks, vocab_size, hist_width, table_width, BLOCK_SIZE, TOKENS,
+    )  # fmt: skip
     if is_row:
         tl.store(seq_lens_ptr + row, tl.where(live, computed + count, 0))
         columns = tl.arange(0, TABLE)
@@ -204,6 +201,25 @@ def prepare(
     give 0. dependent_launch: see `octavo_kernels.dependent_launch`. Raises ValueError naming an argument of another
     type, shape or stride.
     """
+    num_rows, num_tokens = row_slots.numel(), out.input_ids.numel()
+    table_width = state.block_table.shape[1]
+    _check_prepare(state, row_slots, query_start_loc, out, block_size, num_blocks)
+    _prepare_kernel[(num_rows + 1,)](
+        row_slots, query_start_loc,
+        state.num_computed, state.length, state.finished, state.hist, state.block_table,
+        out.input_ids, out.positions, out.slot_mapping, out.seq_lens, out.block_tables,
+        num_rows, num_tokens, state.padding_slot, num_blocks, state.vocab_size, state.hist.shape[1], table_width,
+        BLOCK_SIZE=block_size,
+        TOKENS=_TOKEN_TILE,
+        TABLE=min(1024, triton.next_power_of_2(table_width)),
+        num_warps=4,
+        **launch_options(dependent_launch),
+    )  # fmt: skip
+
+
+def _check_prepare(
+    state: SlotState, row_slots: Tensor, query_start_loc: Tensor, out: StepInputs, block_size: int, num_blocks: int
+) -> None:
     device = state.arena.device
     num_rows, num_tokens = row_slots.numel(), out.input_ids.numel()
     table_width = state.block_table.shape[1]
@@ -220,32 +236,6 @@ def prepare(
         raise ValueError(f"block_size: {block_size} does not fit block tables of {table_width} blocks")
     if num_blocks < 1:
         raise ValueError(f"num_blocks: {num_blocks} is not positive")
-    _prepare_kernel[(num_rows + 1,)](
-        row_slots,
-        query_start_loc,
-        state.num_computed,
-        state.length,
-        state.finished,
-        state.hist,
-        state.block_table,
-        out.input_ids,
-        out.positions,
-        out.slot_mapping,
-        out.seq_lens,
-        out.block_tables,
-        num_rows,
-        num_tokens,
-        state.padding_slot,
-        num_blocks,
-        state.vocab_size,
-        state.hist.shape[1],
-        table_width,
-        BLOCK_SIZE=block_size,
-        TOKENS=_TOKEN_TILE,
-        TABLE=min(1024, triton.next_power_of_2(table_width)),
-        num_warps=4,
-        **launch_options(dependent_launch),
-    )
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])

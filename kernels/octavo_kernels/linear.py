@@ -54,6 +54,7 @@ from octavo_kernels.checks import (
 )
 from octavo_kernels.dependent_launch import follow, launch_options, prefetch
 from octavo_kernels.gemm_plan import GemmPlan, choose, invariant_plan, skinny_plan
+from octavo_kernels.products import product, product_form
 from octavo_kernels.variant import Variant
 
 _SUM_TILE: Final = 512
@@ -69,21 +70,13 @@ def gemm_kernel(
     bias_ptr,  # [O] or None
     residual_ptr,  # [M, O] rows or None
     out_ptr,  # [M, O] rows; fp32 [SPLITS, M, O] with SPLITS > 1, and then no epilogue
-    m,
-    o,
-    k,
-    stride_x,
-    stride_residual,
-    stride_out,
-    TILE_M: tl.constexpr,
-    TILE_O: tl.constexpr,
-    TILE_K: tl.constexpr,
-    SPLITS: tl.constexpr,
+    m, o, k, stride_x, stride_residual, stride_out,
+    TILE_M: tl.constexpr, TILE_O: tl.constexpr, TILE_K: tl.constexpr, SPLITS: tl.constexpr,
     EVEN_K: tl.constexpr,  # TILE_K divides K
     ACTIVATION: tl.constexpr,
-    FORM: tl.constexpr,  # how the tiles are multiplied: "dot" on GPUs, see _form
+    FORM: tl.constexpr,  # how the tiles are multiplied, see `product_form`
     DEPENDENT_LAUNCH: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (M tiles, O tiles, SPLITS): programs that share weights run together, and x stays in L2."""
     first_m = tl.program_id(0) * TILE_M
     first_o = tl.program_id(1) * TILE_O
@@ -113,13 +106,7 @@ def gemm_kernel(
             weight = tl.load(weight_ptr + weight_rows[:, None] * k + at[None, :], mask=within[None, :], other=0.0)
             mask = live[None, :] & within[:, None]
             x = tl.load(x_ptr + rows[None, :] * stride_x + at[:, None], mask=mask, other=0.0)
-        if FORM == "dot":
-            acc = tl.dot(weight, x, acc, input_precision="ieee")
-        elif FORM == "widened dot":
-            acc = tl.dot(weight.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
-        else:
-            tl.static_assert(FORM == "sum")
-            acc += tl.sum(weight.to(tl.float32)[:, :, None] * x.to(tl.float32)[None, :, :], 1)
+        acc = product(weight, x, acc, FORM)
     y = tl.trans(acc)  # [TILE_M, TILE_O]
     known = first_o + cols < o
     mask = live[:, None] & known[None, :]
@@ -206,8 +193,9 @@ def linear(
     if out is None:
         out = torch.empty(m, o, dtype=x.dtype, device=x.device)
     if m and o:
-        form = _form(x, batch_invariant)
-        _launch(x, weight, bias, activation, residual, out, plan, workspace, form, launch_options(dependent_launch))
+        form = product_form(x, fixed_order=batch_invariant)
+        options = launch_options(dependent_launch)
+        _launch(x, weight, bias, activation, residual, out, plan, workspace, form, options)
     return out
 
 
@@ -222,16 +210,6 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
-def _form(x: Tensor, batch_invariant: bool) -> str:
-    """A GPU multiplies tiles with tl.dot. In the interpreter that is NumPy's product, which takes bf16 for integers and
-    whose sums depend on a row's place among the others: bf16 is widened there, and invariance needs plain sums."""
-    if x.device.type != "cpu":
-        return "dot"
-    if batch_invariant:
-        return "sum"
-    return "widened dot" if x.dtype == torch.bfloat16 else "dot"
-
-
 def _launch(
     x: Tensor,
     weight: Tensor,
@@ -244,58 +222,49 @@ def _launch(
     form: str,
     options: dict[str, Any],
 ) -> None:
-    m, k = x.shape
-    o = weight.shape[0]
+    """The GEMM, and the sum of its parts where the plan splits K. options: of both launches."""
+    (m, k), o = x.shape, weight.shape[0]
     split = plan.splits > 1
     kind = FUSED[activation or "linear"]
     stride_residual = 0 if residual is None else row_stride(residual)
     if split:
-        size = plan.splits * m * o
-        if workspace is None:
-            workspace = torch.empty(size, dtype=torch.float32, device=x.device)
-        elif workspace.numel() < size:
-            raise ValueError(f"workspace: {workspace.numel()} numbers, {size} needed")
+        workspace = _partial_sums(workspace, plan.splits * m * o, x)
     gemm_kernel[(triton.cdiv(m, plan.tile_m), triton.cdiv(o, plan.tile_o), plan.splits)](
-        x,
-        weight,
-        None if split else bias,
-        None if split else residual,
-        workspace if split else out,
-        m,
-        o,
-        k,
-        row_stride(x),
-        0 if split else stride_residual,
-        o if split else row_stride(out),
-        TILE_M=plan.tile_m,
-        TILE_O=plan.tile_o,
-        TILE_K=plan.tile_k,
-        SPLITS=plan.splits,
-        EVEN_K=k % plan.tile_k == 0,
+        x, weight, None if split else bias, None if split else residual, workspace if split else out, m, o, k,
+        row_stride(x), 0 if split else stride_residual, o if split else row_stride(out),
+        **_tile_constants(plan, k),
         ACTIVATION="none" if split else kind,
         FORM=form,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
         enable_fp_fusion=True,
         **options,
-    )
+    )  # fmt: skip
     if split:
         sum_splits_kernel[(m, triton.cdiv(o, _SUM_TILE))](
-            workspace,
-            bias,
-            residual,
-            out,
-            m,
-            o,
-            stride_residual,
-            row_stride(out),
+            workspace, bias, residual, out, m, o, stride_residual, row_stride(out),
             TILE=_SUM_TILE,
             SPLITS=plan.splits,
             ACTIVATION=kind,
             num_warps=4,
             enable_fp_fusion=True,
             **options,
-        )
+        )  # fmt: skip
+
+
+def _partial_sums(workspace: Tensor | None, size: int, x: Tensor) -> Tensor:
+    """The caller's, or one of `size` numbers. Raises ValueError where the caller's has fewer."""
+    if workspace is None:
+        return torch.empty(size, dtype=torch.float32, device=x.device)
+    if workspace.numel() < size:
+        raise ValueError(f"workspace: {workspace.numel()} numbers, {size} needed")
+    return workspace
+
+
+def _tile_constants(plan: GemmPlan, k: int) -> dict[str, Any]:
+    """constexprs of `gemm_kernel` that follow from the plan."""
+    tiles = {"TILE_M": plan.tile_m, "TILE_O": plan.tile_o, "TILE_K": plan.tile_k, "SPLITS": plan.splits}
+    return tiles | {"EVEN_K": k % plan.tile_k == 0}
 
 
 def _cublas(
@@ -384,8 +353,7 @@ def _variants(
 ) -> list[Variant]:
     """The GEMM and, for a plan that splits K, the kernel that adds the parts."""
     split = plan.splits > 1
-    tiles = {"TILE_M": plan.tile_m, "TILE_O": plan.tile_o, "TILE_K": plan.tile_k, "SPLITS": plan.splits}
-    tiles |= {"EVEN_K": k % plan.tile_k == 0, "ACTIVATION": "none" if split else activation, "FORM": "dot"}
+    tiles = _tile_constants(plan, k) | {"ACTIVATION": "none" if split else activation, "FORM": "dot"}
     out = "fp32" if split else kind
     epilogue = {"bias_ptr": bias and not split, "residual_ptr": residual and not split}
     wgmma = plan.tile_o >= 64 and kind != "fp32"

@@ -81,6 +81,55 @@ def _values(logits_ptr, scores_ptr, token, num_columns, vocab_size, raw, lo, hi)
     return tl.where(token < vocab_size, x, -float("inf"))
 
 
+@triton.jit
+def _normalizer(logits, scores, kind, num_columns, vocab_size, raw, lo, hi, TILE_V: tl.constexpr):
+    """What makes a value of the row a logprob: value - shift - log_total; both are 0 where plain values are asked."""
+    offsets = tl.arange(0, TILE_V)
+    peak = -float("inf")
+    for start in range(0, num_columns, TILE_V):
+        index = start + offsets
+        peak = tl.maximum(peak, tl.max(_values(logits, scores, index, num_columns, vocab_size, raw, lo, hi), 0))
+    log_total = 0.0
+    shift = 0.0
+    if (kind == _RAW_LOGPROB) | (kind == _PROCESSED_LOGPROB):
+        total = 0.0
+        for start in range(0, num_columns, TILE_V):
+            index = start + offsets
+            total += tl.sum(tl.exp(_values(logits, scores, index, num_columns, vocab_size, raw, lo, hi) - peak), 0)
+        log_total = tl.log(total)
+        shift = peak
+    return shift, log_total
+
+
+@triton.jit
+def _rank(logits, scores, chosen, shift, log_total, num_columns, vocab_size, raw, lo, hi, TILE_V: tl.constexpr):
+    """1 + how many tokens have more than `chosen`."""
+    rank = 1
+    for start in range(0, num_columns, TILE_V):
+        index = start + tl.arange(0, TILE_V)
+        x = _values(logits, scores, index, num_columns, vocab_size, raw, lo, hi)
+        rank += tl.sum((x - shift - log_total > chosen).to(tl.int32), 0)
+    return rank
+
+
+@triton.jit
+def _next_largest(logits, scores, last, last_id, num_columns, vocab_size, raw, lo, hi, TILE_V: tl.constexpr):
+    """(value, token) that comes after (last, last_id) where values fall, the lowest token first on ties."""
+    best = -float("inf")
+    best_id = _NO_TOKEN
+    for start in range(0, num_columns, TILE_V):
+        index = start + tl.arange(0, TILE_V)
+        live = index < vocab_size
+        x = _values(logits, scores, index, num_columns, vocab_size, raw, lo, hi)
+        after = live & ((x < last) | ((x == last) & (index > last_id)))
+        tile_best = tl.max(tl.where(after, x, -float("inf")), 0)
+        tile_id = tl.min(tl.where(after & (x == tile_best), index, _NO_TOKEN), 0)
+        better = (tile_best > best) | ((tile_best == best) & (tile_id < best_id))
+        best = tl.where(better, tile_best, best)
+        best_id = tl.where(better, tile_id, best_id)
+    return best, best_id
+
+
 @triton.jit(do_not_specialize=["padding_slot", "max_requested", "vocab_size"])
 def logprobs_kernel(
     logits_ptr, row_slots_ptr, results_ptr, params_ptr, requested_ids_ptr, scores_ptr, interval_ptr,
@@ -106,48 +155,18 @@ def logprobs_kernel(
     if (features & _SAMPLE) != 0:
         lo = tl.load(interval_ptr + row * 2)
         hi = tl.load(interval_ptr + row * 2 + 1)
-    offsets = tl.arange(0, TILE_V)
-    peak = -float("inf")
-    for start in range(0, num_columns, TILE_V):
-        index = start + offsets
-        peak = tl.maximum(peak, tl.max(_values(logits, scores, index, num_columns, vocab_size, raw, lo, hi), 0))
-    log_total = 0.0
-    shift = 0.0
-    if (kind == _RAW_LOGPROB) | (kind == _PROCESSED_LOGPROB):
-        total = 0.0
-        for start in range(0, num_columns, TILE_V):
-            index = start + offsets
-            total += tl.sum(tl.exp(_values(logits, scores, index, num_columns, vocab_size, raw, lo, hi) - peak), 0)
-        log_total = tl.log(total)
-        shift = peak
+    shift, log_total = _normalizer(logits, scores, kind, num_columns, vocab_size, raw, lo, hi, TILE_V)
     chosen = _values(logits, scores, token, num_columns, vocab_size, raw, lo, hi)
     chosen = chosen - shift - log_total
-    rank = 1
-    for start in range(0, num_columns, TILE_V):
-        index = start + offsets
-        x = _values(logits, scores, index, num_columns, vocab_size, raw, lo, hi)
-        rank += tl.sum((x - shift - log_total > chosen).to(tl.int32), 0)
+    rank = _rank(logits, scores, chosen, shift, log_total, num_columns, vocab_size, raw, lo, hi, TILE_V)
     tl.store(chosen_ptr + row, chosen)
     tl.store(ranks_ptr + row, rank)
     last = float("inf")
     last_id = -1
     for place in range(0, tl.minimum(tl.load(params + _NUM_TOP), _MAX_TOP)):
-        best = -float("inf")
-        best_id = _NO_TOKEN
-        for start in range(0, num_columns, TILE_V):
-            index = start + offsets
-            live = index < vocab_size
-            x = _values(logits, scores, index, num_columns, vocab_size, raw, lo, hi)
-            after = live & ((x < last) | ((x == last) & (index > last_id)))
-            tile_best = tl.max(tl.where(after, x, -float("inf")), 0)
-            tile_id = tl.min(tl.where(after & (x == tile_best), index, _NO_TOKEN), 0)
-            better = (tile_best > best) | ((tile_best == best) & (tile_id < best_id))
-            best = tl.where(better, tile_best, best)
-            best_id = tl.where(better, tile_id, best_id)
-        tl.store(top_ids_ptr + row * _MAX_TOP + place, best_id)
-        tl.store(top_values_ptr + row * _MAX_TOP + place, best - shift - log_total)
-        last = best
-        last_id = best_id
+        last, last_id = _next_largest(logits, scores, last, last_id, num_columns, vocab_size, raw, lo, hi, TILE_V)
+        tl.store(top_ids_ptr + row * _MAX_TOP + place, last_id)
+        tl.store(top_values_ptr + row * _MAX_TOP + place, last - shift - log_total)
     asked = tl.arange(0, TILE_R)
     live = asked < tl.minimum(tl.load(params + _NUM_REQUESTED), max_requested)
     name = tl.load(requested_ids_ptr + slot * max_requested + asked, mask=live, other=0)

@@ -37,19 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_kernels.attention_tiles import (
-    LOG2_E,
-    LOWEST,
-    as_numbers,
-    check_attention,
-    decode_e4m3,
-    fp8_form,
-    read,
-    require_ints,
-    shared_count,
-    tile_offsets,
-    write_token,
-)
+from octavo_kernels.attention_arguments import check_attention, common_arguments, head_constants, require_ints
+from octavo_kernels.attention_tiles import LOWEST, decode_e4m3, read, shared_count, tile_offsets, write_token
 from octavo_kernels.attention_variants import SHARING, cache_kinds
 from octavo_kernels.attention_workspace import SPLIT, AttentionWorkspace
 from octavo_kernels.checks import row_stride
@@ -83,73 +72,25 @@ _MERGED: Final = 4
 FORMS: Final = ("fma", "dot")
 
 
-@triton.jit(do_not_specialize=["num_blocks", "max_blocks", "max_splits"])
-def decode_kernel(
-    qkv_ptr,  # [R, 3 * E] rows
-    cache_ptr,  # [2, N, H, S, D], the last three dimensions contiguous
-    table_ptr,  # int32 [R, B] rows
-    lens_ptr,  # int32 [R]
-    out_ptr,  # [R, E] rows
-    partial_ptr,  # fp32 [R, H, splits, QUERIES, D], the first of QUERIES is used
-    lse_ptr,  # fp32 [R, H, splits, QUERIES]
-    ticket_ptr,  # int32 [R, H]
-    shared_ptr,  # int32 [R]; None: there are no shared splits
-    stride_qkv,
-    stride_half,
-    stride_block,
-    stride_table,
-    stride_out,
-    num_blocks,
-    max_blocks,  # B
-    max_splits,
-    scale,  # base-2 scores are query * key * scale: the cache's scale is in it
-    k_scale,
-    v_scale,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    TILE_D: tl.constexpr,  # power of 2, at least D
-    BLOCK: tl.constexpr,  # S
-    GROUPS: tl.constexpr,  # keys that lie side by side in a warp
-    REPEATS: tl.constexpr,  # keys of a tile that a lane holds
-    SPLIT_LEN: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,  # power of 2, at least max_splits
-    MERGED: tl.constexpr,
-    QUERIES: tl.constexpr,
-    FP8_FORM: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
-):
-    """Grid (H, R, splits): the programs of a row's heads run together, as its blocks lie."""
-    if DEPENDENT_LAUNCH:
-        follow()
+@triton.jit
+def _attend_cached(
+    q, begin, last, cache_ptr, table_ptr, stride_half, stride_block, num_blocks, max_blocks,
+    D: tl.constexpr, TILE_D: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, REPEATS: tl.constexpr, SPLIT_LEN: tl.constexpr, FP8_FORM: tl.constexpr,
+):  # fmt: skip
+    """The softmax of the split's keys that are in the cache, those before position `last`: (peak, total, acc).
+
+    Each of GROUPS lanes-groups has a softmax of its own, so that a tile's sums cross no lanes.
+    """
     TILE_N: tl.constexpr = GROUPS * REPEATS
-    head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    length = tl.minimum(tl.load(lens_ptr + row), max_blocks * BLOCK)
-    begin = split * SPLIT_LEN
     dims = tl.arange(0, TILE_D)
     live_d = dims < D
-    out_ptr += row * stride_out + head * D
-    elsewhere = 0  # splits that `shared_attention` has computed
-    if shared_ptr is not None:
-        elsewhere = shared_count(tl.load(shared_ptr + row), length, SPLIT_LEN)
-    if (begin >= length) | (split < elsewhere):
-        if (split == 0) & (length <= 0):
-            tl.store(out_ptr + dims, tl.zeros([TILE_D], out_ptr.dtype.element_ty), mask=live_d)
-        return
-    last = length - 1
-    qkv_ptr += row * stride_qkv + head * D
-    table_ptr += row * stride_table
-    cache_ptr += head * (BLOCK * D)
-    q = tl.load(qkv_ptr + dims, mask=live_d, other=0.0).to(tl.float32) * scale
-
-    # Each of GROUPS lanes-groups has a softmax of its own, so that a tile's sums cross no lanes.
     group = tl.arange(0, GROUPS)
     within = tl.arange(0, REPEATS)[:, None] * GROUPS + group[None, :]  # [REPEATS, GROUPS]
     peak = tl.full([GROUPS], LOWEST, tl.float32)
     total = tl.zeros([GROUPS], tl.float32)
     acc = tl.zeros([GROUPS, TILE_D], tl.float32)
-    end = tl.minimum(begin + SPLIT_LEN, last)  # the new token is not in the cache yet
+    end = tl.minimum(begin + SPLIT_LEN, last)
     for start in tl.range(begin, end, TILE_N):
         live = start + within < end
         base, rows = tile_offsets(table_ptr, start, within, num_blocks, max_blocks, stride_block, D, BLOCK, TILE_N)
@@ -166,29 +107,127 @@ def decode_kernel(
         total = total * decay + tl.sum(p, 0)
         acc = acc * decay[:, None] + tl.sum(p[:, :, None] * v, 0)
         peak = new_peak
+    return peak, total, acc
+
+
+@triton.jit
+def _attend_new(
+    q, peak, total, acc, qkv_ptr, cache_ptr, table_ptr, last, stride_half, stride_block, num_blocks, k_scale, v_scale,
+    HEADS: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, FP8_FORM: tl.constexpr,
+):  # fmt: skip
+    """Writes the new token's key and value to the cache and takes them, as read from it, into the first softmax."""
+    key, value = write_token(
+        qkv_ptr, cache_ptr, table_ptr, last, stride_half, stride_block, num_blocks, k_scale, v_scale, HEADS * D,
+        D, TILE_D, BLOCK, FP8_FORM,
+    )  # fmt: skip
+    if FP8_FORM != "none":
+        key = decode_e4m3(key, FP8_FORM == "hardware")
+        value = decode_e4m3(value, FP8_FORM == "hardware")
+    key, value = key.to(tl.float32), value.to(tl.float32)
+    first = tl.arange(0, GROUPS) == 0
+    score = tl.where(first, tl.sum(key * q, 0), -float("inf"))
+    new_peak = tl.maximum(peak, score)
+    p = tl.exp2(score - new_peak)
+    decay = tl.exp2(peak - new_peak)
+    total = total * decay + p
+    acc = acc * decay[:, None] + p[:, None] * value[None, :]
+    return new_peak, total, acc
+
+
+@triton.jit
+def _attend_split(
+    begin,
+    last,  # position of the new token, which is not in the cache yet
+    qkv_ptr, table_ptr, cache_ptr,  # of the row and the head
+    stride_half, stride_block, num_blocks, max_blocks, scale, k_scale, v_scale,
+    HEADS: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, REPEATS: tl.constexpr, SPLIT_LEN: tl.constexpr, FP8_FORM: tl.constexpr,
+):  # fmt: skip
+    """A split's attention alone: (result [TILE_D], its greatest score, its sum of 2 ** (score - greatest))."""
+    dims = tl.arange(0, TILE_D)
+    q = tl.load(qkv_ptr + dims, mask=dims < D, other=0.0).to(tl.float32) * scale
+    peak, total, acc = _attend_cached(
+        q, begin, last, cache_ptr, table_ptr, stride_half, stride_block, num_blocks, max_blocks, D, TILE_D, BLOCK,
+        GROUPS, REPEATS, SPLIT_LEN, FP8_FORM,
+    )  # fmt: skip
     if begin + SPLIT_LEN > last:
-        # This program has the row's last position: the new key and value go to the cache, and in here as read from it.
-        key, value = write_token(
-            qkv_ptr, cache_ptr, table_ptr, last, stride_half, stride_block, num_blocks, k_scale, v_scale, HEADS * D,
-            D, TILE_D, BLOCK, FP8_FORM,
+        peak, total, acc = _attend_new(
+            q, peak, total, acc, qkv_ptr, cache_ptr, table_ptr, last, stride_half, stride_block, num_blocks, k_scale,
+            v_scale, HEADS, D, TILE_D, BLOCK, GROUPS, FP8_FORM,
         )  # fmt: skip
-        if FP8_FORM != "none":
-            key = decode_e4m3(key, FP8_FORM == "hardware")
-            value = decode_e4m3(value, FP8_FORM == "hardware")
-        key, value = key.to(tl.float32), value.to(tl.float32)
-        first = group == 0
-        score = tl.where(first, tl.sum(key * q, 0), -float("inf"))
-        new_peak = tl.maximum(peak, score)
-        p = tl.exp2(score - new_peak)
-        decay = tl.exp2(peak - new_peak)
-        total = total * decay + p
-        acc = acc * decay[:, None] + p[:, None] * value[None, :]
-        peak = new_peak
     top = tl.max(peak, 0)
     weights = tl.exp2(peak - top)
     total_all = tl.sum(total * weights, 0)
-    result = tl.sum(acc * weights[:, None], 0) * (v_scale / total_all)
+    return tl.sum(acc * weights[:, None], 0) * (v_scale / total_all), top, total_all
 
+
+@triton.jit
+def _merge_splits(
+    out_ptr, partial_ptr, lse_ptr, active, D: tl.constexpr, TILE_D: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MERGED: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Writes a row's attention of one head over its `active` splits."""
+    dims = tl.arange(0, TILE_D)
+    index = tl.arange(0, MAX_SPLITS)
+    lse = tl.load(lse_ptr + index * QUERIES, mask=index < active, other=-float("inf"), cache_modifier=".cg")
+    top = tl.max(lse, 0)
+    total = tl.sum(tl.exp2(lse - top), 0)
+    merged = tl.zeros([TILE_D], tl.float32)
+    for first in tl.range(0, active, MERGED):
+        index = first + tl.arange(0, MERGED)
+        lse = tl.load(lse_ptr + index * QUERIES, mask=index < active, other=-float("inf"), cache_modifier=".cg")
+        mask = (index < active)[:, None] & (dims < D)[None, :]
+        where = index[:, None] * (QUERIES * D) + dims[None, :]
+        part = tl.load(partial_ptr + where, mask=mask, other=0.0, cache_modifier=".cg")
+        merged += tl.sum(part * tl.exp2(lse - top)[:, None], 0)
+    tl.store(out_ptr + dims, (merged / total).to(out_ptr.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit(do_not_specialize=["num_blocks", "max_blocks", "max_splits"])
+def decode_kernel(
+    qkv_ptr,  # [R, 3 * E] rows
+    cache_ptr,  # [2, N, H, S, D], the last three dimensions contiguous
+    table_ptr,  # int32 [R, B] rows
+    lens_ptr,  # int32 [R]
+    out_ptr,  # [R, E] rows
+    partial_ptr,  # fp32 [R, H, splits, QUERIES, D], the first of QUERIES is used
+    lse_ptr,  # fp32 [R, H, splits, QUERIES]
+    ticket_ptr,  # int32 [R, H]
+    shared_ptr,  # int32 [R]; None: there are no shared splits
+    stride_qkv, stride_half, stride_block, stride_table, stride_out,
+    num_blocks, max_blocks, max_splits,  # N, B, splits
+    scale, k_scale, v_scale,  # base-2 scores are query * key * scale: the cache's scale is in it
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_D: tl.constexpr,  # H, D, S, a power of 2 from D on
+    GROUPS: tl.constexpr,  # keys that lie side by side in a warp
+    REPEATS: tl.constexpr,  # keys of a tile that a lane holds
+    MAX_SPLITS: tl.constexpr,  # power of 2, at least max_splits
+    SPLIT_LEN: tl.constexpr, MERGED: tl.constexpr, QUERIES: tl.constexpr, FP8_FORM: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
+):  # fmt: skip
+    """Grid (H, R, splits): the programs of a row's heads run together, as its blocks lie."""
+    if DEPENDENT_LAUNCH:
+        follow()
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    length = tl.minimum(tl.load(lens_ptr + row), max_blocks * BLOCK)
+    begin = split * SPLIT_LEN
+    dims = tl.arange(0, TILE_D)
+    live_d = dims < D
+    out_ptr += row * stride_out + head * D
+    elsewhere = 0  # splits that `shared_attention` has computed
+    if shared_ptr is not None:
+        elsewhere = shared_count(tl.load(shared_ptr + row), length, SPLIT_LEN)
+    if (begin >= length) | (split < elsewhere):
+        if (split == 0) & (length <= 0):
+            tl.store(out_ptr + dims, tl.zeros([TILE_D], out_ptr.dtype.element_ty), mask=live_d)
+        return
+    result, top, total = _attend_split(
+        begin, length - 1, qkv_ptr + (row * stride_qkv + head * D), table_ptr + row * stride_table,
+        cache_ptr + head * (BLOCK * D), stride_half, stride_block, num_blocks, max_blocks, scale, k_scale, v_scale,
+        HEADS, D, TILE_D, BLOCK, GROUPS, REPEATS, SPLIT_LEN, FP8_FORM,
+    )  # fmt: skip
     active = tl.cdiv(length, SPLIT_LEN)
     if active == 1:
         tl.store(out_ptr + dims, result.to(out_ptr.dtype.element_ty), mask=live_d)
@@ -198,26 +237,14 @@ def decode_kernel(
         lse_ptr += place * QUERIES
         ticket_ptr += row * HEADS + head
         tl.store(partial_ptr + split * (QUERIES * D) + dims, result, mask=live_d)
-        tl.store(lse_ptr + split * QUERIES, top + tl.log2(total_all))
+        tl.store(lse_ptr + split * QUERIES, top + tl.log2(total))
         tl.debug_barrier()  # all lanes' stores come before the ticket
         arrivals = active
         if shared_ptr is not None:
             arrivals -= shared_count(tl.load(shared_ptr + row), length, SPLIT_LEN)
         if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == arrivals - 1:
             tl.store(ticket_ptr, 0)  # graphs replay without the host
-            index = tl.arange(0, MAX_SPLITS)
-            lse = tl.load(lse_ptr + index * QUERIES, mask=index < active, other=-float("inf"), cache_modifier=".cg")
-            top = tl.max(lse, 0)
-            total_all = tl.sum(tl.exp2(lse - top), 0)
-            merged = tl.zeros([TILE_D], tl.float32)
-            for first_split in tl.range(0, active, MERGED):
-                index = first_split + tl.arange(0, MERGED)
-                lse = tl.load(lse_ptr + index * QUERIES, mask=index < active, other=-float("inf"), cache_modifier=".cg")
-                mask = (index < active)[:, None] & live_d[None, :]
-                where = index[:, None] * (QUERIES * D) + dims[None, :]
-                part = tl.load(partial_ptr + where, mask=mask, other=0.0, cache_modifier=".cg")
-                merged += tl.sum(part * tl.exp2(lse - top)[:, None], 0)
-            tl.store(out_ptr + dims, (merged / total_all).to(out_ptr.dtype.element_ty), mask=live_d)
+            _merge_splits(out_ptr, partial_ptr, lse_ptr, active, D, TILE_D, MAX_SPLITS, MERGED, QUERIES)
 
 
 def decode_attention(
@@ -254,61 +281,40 @@ def decode_attention(
         raise ValueError(f"seq_lens: {seq_lens.shape[0]} rows, {qkv.shape[0]} in qkv")
     if form not in FORMS:
         raise ValueError(f"form: {form!r} is not one of {', '.join(FORMS)}")
-    num_rows = qkv.shape[0]
     if shared_splits is not None:
-        require_ints("shared_splits", shared_splits, (num_rows,), qkv)
+        require_ints("shared_splits", shared_splits, (qkv.shape[0],), qkv)
         if form != "fma":
             raise ValueError(f"shared_splits: form {form!r} computes all splits itself")
-    _, num_blocks, num_heads, block_size, head_size = layer_cache.shape
+    num_rows, (_, _, num_heads, block_size, head_size) = qkv.shape[0], layer_cache.shape
     splits = workspace.check(num_rows, num_heads, head_size, block_tables.shape[1] * block_size, 1, qkv)
     if num_rows == 0:
         return out
+    arguments = common_arguments(qkv, layer_cache, block_tables, seq_lens, scale, k_scale, v_scale)
+    arguments |= {"k_scale": float(k_scale)} | launch_options(dependent_launch)
     if form == "dot":
-        scales = (scale, k_scale, v_scale)
-        options = launch_options(dependent_launch)
-        decode_dot(qkv, layer_cache, block_tables, seq_lens, out, workspace, splits, scales, upcast, options)
+        decode_dot(qkv, layer_cache, out, workspace, splits, upcast, arguments)
         return out
     decode_kernel[(num_heads, num_rows, splits)](
-        qkv,
-        as_numbers(layer_cache),
-        block_tables,
-        seq_lens,
-        out,
-        workspace.partial,
-        workspace.lse,
-        workspace.tickets,
-        shared_splits,
-        row_stride(qkv),
-        layer_cache.stride(0),
-        layer_cache.stride(1),
-        row_stride(block_tables),
-        row_stride(out),
-        num_blocks,
-        block_tables.shape[1],
-        workspace.max_splits,
-        scale * LOG2_E * k_scale,
-        float(k_scale),
-        float(v_scale),
+        **arguments,
+        **workspace.arguments(),
+        ticket_ptr=workspace.tickets,
+        shared_ptr=shared_splits,
+        out_ptr=out,
+        stride_out=row_stride(out),
         **_constants(num_heads, head_size, block_size, layer_cache.itemsize),
         MAX_SPLITS=triton.next_power_of_2(workspace.max_splits),
-        QUERIES=workspace.num_queries,
-        FP8_FORM=fp8_form(layer_cache),
         num_warps=1,
-        enable_fp_fusion=True,
-        **launch_options(dependent_launch),
     )
     return out
 
 
 def _constants(num_heads: int, head_size: int, block_size: int, itemsize: int) -> dict[str, int]:
     """constexprs of `decode_kernel` that follow from the cache. itemsize: bytes of a cached number."""
-    tile_d = triton.next_power_of_2(head_size)
+    constants = head_constants(head_size, block_size)
+    tile_d = constants["TILE_D"]
     groups = max(1, min(32, 32 * 16 // (tile_d * itemsize)))  # a lane reads 16 bytes of a key
-    return {
+    return constants | {
         "HEADS": num_heads,
-        "D": head_size,
-        "TILE_D": tile_d,
-        "BLOCK": block_size,
         "GROUPS": groups,
         "REPEATS": max(1, min(_TILE_BYTES // (tile_d * itemsize), 32) // groups),
         "SPLIT_LEN": SPLIT,

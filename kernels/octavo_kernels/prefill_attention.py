@@ -31,24 +31,22 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_kernels.attention_tiles import (
-    LOG2_E,
-    LOWEST,
-    as_numbers,
-    attend_tile,
+from octavo_kernels.attention_arguments import (
     check_attention,
-    fp8_form,
-    product_form,
+    common_arguments,
+    head_constants,
+    needs_upcast,
     require_ints,
 )
+from octavo_kernels.attention_tiles import attend_tile, no_keys, read_queries, tokens_of_tile
 from octavo_kernels.attention_variants import cache_kinds
 from octavo_kernels.checks import row_stride
 from octavo_kernels.dependent_launch import follow, launch_options
+from octavo_kernels.products import product_form
 from octavo_kernels.variant import Variant
 
 Int32s = npt.NDArray[np.int32]
@@ -66,11 +64,7 @@ def prefill_kernel(
     tile_rows_ptr,  # int32 [tiles]
     tile_starts_ptr,  # int32 [tiles]
     out_ptr,  # [T, E] rows
-    stride_qkv,
-    stride_half,
-    stride_block,
-    stride_table,
-    stride_out,
+    stride_qkv, stride_half, stride_block, stride_table, stride_out,
     num_blocks,
     max_blocks,  # B
     num_rows,  # R
@@ -80,14 +74,10 @@ def prefill_kernel(
     D: tl.constexpr,
     TILE_D: tl.constexpr,  # power of 2, at least D
     BLOCK: tl.constexpr,  # S
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    FP8_FORM: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, FP8_FORM: tl.constexpr,
     UPCAST: tl.constexpr,  # queries and keys are multiplied in fp32, else in qkv's type
-    FORM: tl.constexpr,
-    STAGES: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
-):
+    FORM: tl.constexpr, STAGES: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
+):  # fmt: skip
     """Grid (H, tiles); the last tiles, which of a row's see the most keys, start first."""
     if DEPENDENT_LAUNCH:
         follow()
@@ -102,16 +92,11 @@ def prefill_kernel(
     past = tl.load(lens_ptr + row) - chunk  # position of the chunk's first token
     index = tl.arange(0, TILE_M)
     dims = tl.arange(0, TILE_D)
-    token = first_token.to(tl.int64) + first_query + index
-    live = (first_query + index < chunk) & (first_query + index >= 0) & (token >= 0) & (token < num_tokens)
+    token, live = tokens_of_tile(first_token, first_query, chunk, num_tokens, TILE_M)
     mask = live[:, None] & (dims < D)[None, :]
     VALUE: tl.constexpr = qkv_ptr.dtype.element_ty
-    q = tl.load(qkv_ptr + token[:, None] * stride_qkv + (head * D + dims)[None, :], mask=mask, other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
-    peak = tl.full([TILE_M], LOWEST, tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
-    acc = tl.zeros([TILE_M, TILE_D], tl.float32)
+    q = read_queries(qkv_ptr, token, mask, head, stride_qkv, D, TILE_D, UPCAST)
+    peak, total, acc = no_keys(TILE_M, TILE_D)
     last = past + first_query + index
     end = tl.minimum(past + tl.minimum(first_query + TILE_M, chunk), max_blocks * BLOCK)
     seen_by_all = tl.minimum(tl.maximum(past + first_query + 1, 0), tl.maximum(end, 0)) // TILE_N * TILE_N
@@ -165,35 +150,22 @@ def prefill_attention(
     require_ints("tile_starts", tile_starts, tuple(tile_rows.shape), qkv)
     if tile_rows.shape[0] == 0:
         return out
-    _, num_blocks, num_heads, block_size, head_size = layer_cache.shape
+    _, _, num_heads, block_size, head_size = layer_cache.shape
     wide = needs_upcast(upcast, qkv, layer_cache)
     constants, options = _constants(head_size, block_size, 4 if wide else qkv.itemsize)
     prefill_kernel[(num_heads, tile_rows.shape[0])](
-        qkv,
-        as_numbers(layer_cache),
-        block_tables,
-        query_start_loc,
-        seq_lens,
-        tile_rows,
-        tile_starts,
-        out,
-        row_stride(qkv),
-        layer_cache.stride(0),
-        layer_cache.stride(1),
-        row_stride(block_tables),
-        row_stride(out),
-        num_blocks,
-        block_tables.shape[1],
-        seq_lens.shape[0],
-        qkv.shape[0],
-        scale * LOG2_E * k_scale,
-        float(v_scale),
+        **common_arguments(qkv, layer_cache, block_tables, seq_lens, scale, k_scale, v_scale),
+        loc_ptr=query_start_loc,
+        tile_rows_ptr=tile_rows,
+        tile_starts_ptr=tile_starts,
+        out_ptr=out,
+        stride_out=row_stride(out),
+        num_rows=seq_lens.shape[0],
+        num_tokens=qkv.shape[0],
         **constants,
-        FP8_FORM=fp8_form(layer_cache),
         UPCAST=wide,
         FORM=product_form(qkv, fixed_order=False),
         **options,
-        enable_fp_fusion=True,
         **launch_options(dependent_launch),
     )
     return out
@@ -209,22 +181,11 @@ def prefill_tiles(query_start_loc: Int32s, first_row: int, tile: int = PREFILL_T
     return rows, ((np.arange(len(rows)) - before) * tile).astype(np.int32)
 
 
-def needs_upcast(upcast: bool, qkv: Tensor, layer_cache: Tensor) -> bool:
-    """Whether multiplying in fp32 differs: where keys would be rounded to qkv's type."""
-    return upcast and qkv.dtype != torch.float32 and layer_cache.itemsize > 1 and layer_cache.dtype != qkv.dtype
-
-
 def _constants(head_size: int, block_size: int, itemsize: int) -> tuple[dict[str, Any], dict[str, int]]:
     """constexprs of `prefill_kernel`, and launch options. itemsize: bytes of what is multiplied."""
-    tile_d = triton.next_power_of_2(head_size)
-    constants = {
-        "D": head_size,
-        "TILE_D": tile_d,
-        "BLOCK": block_size,
-        "TILE_M": PREFILL_TILE,
-        "TILE_N": 64 if itemsize == 2 and tile_d < 128 and block_size > 16 else 32,
-        "STAGES": 2,
-    }
+    constants = head_constants(head_size, block_size)
+    wide_tiles = itemsize == 2 and constants["TILE_D"] < 128 and block_size > 16
+    constants |= {"TILE_M": PREFILL_TILE, "TILE_N": 64 if wide_tiles else 32, "STAGES": 2}
     return constants, {"num_warps": 4 if itemsize == 2 else 8, "num_stages": 2}
 
 

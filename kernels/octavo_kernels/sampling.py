@@ -4,26 +4,20 @@ One program per row, which always walks its row in the same tiles: a row's resul
 the batch. The order of steps and their numbers are those of transformers' generate(); `reference/sampling.py` says the
 same in plain torch.
 
-B  process: logits to scores (`processors.py`), over the temperature, with the largest of each lane of a tile. Greedy
-rows end here. C  filter: each filter keeps an interval of scores, so a row carries two numbers and no mask
-(`filters.py`); the largest scores are copied out once, and the filters work on them in registers. D  draw:
-argmax(softmax(x) / q) over the interval, q by `philox.py`, the lowest token on ties.
+B  process: logits to scores (`processors.py`), over the temperature, with the largest of each lane of a tile
+(`row_scores.py`). Greedy rows end here. C  filter: each filter keeps an interval of scores, so a row carries two
+numbers and no mask (`filters.py`); the largest scores are copied out once (`candidates.py`), and the filters work on
+them in registers. D  draw: argmax(softmax(x) / q) over the interval (`draw.py`), q by `philox.py`, the lowest token on
+ties.
 
 Log (variants, what they gave; Triton 3.7.1; no GPU was at hand: times are predictions, not measured)
   two passes over the row with top_k, top_h or, mostly, another filter first: maxima of the lanes of a tile, then the
-  candidates (`filters.py`). Predicted ~12 us for a row, two rows at a time on a multiprocessor. A radix select of the
-  k-th largest and a compaction that counts first were 8 passes.
-  maxima and their tokens per lane, reduced once: a reduction per tile costs ~100 cycles, 25 tiles a row.
-  loads masked by the padded width, columns beyond the vocabulary replaced after: masked by 50257 no load has 16 bytes;
-  now 79 of 250 in the code have, all those of whole tiles.
-  rows without processors keep no scores: two passes over bf16 logits; fp32 scores of 256 rows (51 MB) leave L2.
-  noise for survivors only: a full row is ~65 instructions for each of 50257, ~15 us; after top_k 50 it is nothing. Of a
-  whole row, a tile whose largest probability cannot win whatever its noise is skipped.
+  candidates. Predicted ~12 us for a row, two rows at a time on a multiprocessor. A radix select of the k-th largest and
+  a compaction that counts first were 8 passes.
   registers, bf16, sm_90: 4096 columns a tile 255; 2048 and 8 warps 164; a limit of 128 costs no spill and lets two
   programs share a multiprocessor. It does if divisions are by a reciprocal where a filter only compares: correctly
   rounded ones call a subroutine, which spilled 23 words. 16 warps: 128 registers and one spill, no more rows at a time.
-  draw in tiles of 1024: the race needs 4 words of noise per column. Code is 15,000 instructions, half of them the slow
-  path of the filters, which most rows never fetch.
+  code is 15,000 instructions, half of them the slow path of the filters, which most rows never fetch.
 """
 
 from __future__ import annotations
@@ -37,18 +31,9 @@ from torch import Tensor
 
 from octavo_kernels.checks import FLOATS, require_contiguous, require_dense_rows, require_device, require_floats
 from octavo_kernels.dependent_launch import follow, launch_options
-from octavo_kernels.filters import (
-    FILTERS,
-    MOST_RANKED,
-    filter_row,
-    float_param,
-    is_guess,
-    num_candidates,
-    threshold_of_lanes,
-    total_of,
-)
-from octavo_kernels.philox import LARGEST_RATIO, exponentials, random_words
-from octavo_kernels.processors import KEEPS_SCORES, USES_SCORES, has_bit, process_tile
+from octavo_kernels.draw import choose
+from octavo_kernels.processors import has_bit
+from octavo_kernels.row_scores import is_bad, process_row
 from octavo_kernels.state import NUM_PARAMS, Bitmap, Feature, Finish, Param, SlotState
 from octavo_kernels.variant import Variant
 from octavo_kernels.workspace import WINDOW, SamplerWorkspace
@@ -60,17 +45,10 @@ MAX_REGISTERS: Final = 128
 """Per thread: two programs fit a multiprocessor."""
 
 _FEATURES = tl.constexpr(int(Param.FEATURES))
-_SEED_LOW = tl.constexpr(int(Param.SEED_LOW))
-_SEED_HIGH = tl.constexpr(int(Param.SEED_HIGH))
-_ROW = tl.constexpr(int(Param.ROW))
-_NUM_ROWS = tl.constexpr(int(Param.NUM_ROWS))
 _PROMPT_LEN = tl.constexpr(int(Param.PROMPT_LEN))
 _MAX_TOTAL = tl.constexpr(int(Param.MAX_TOTAL))
-_TEMPERATURE_VALUE = tl.constexpr(int(Param.TEMPERATURE))
 _NUM_PARAMS = tl.constexpr(NUM_PARAMS)
 _SAMPLE = tl.constexpr(int(Feature.SAMPLE))
-_TEMPERATURE = tl.constexpr(int(Feature.TEMPERATURE))
-_ALLOWED = tl.constexpr(int(Feature.ALLOWED))
 _REPETITION = tl.constexpr(int(Feature.REPETITION_PENALTY))
 _OUTPUT_PENALTY = tl.constexpr(int(Feature.OUTPUT_PENALTY))
 _SEEN = tl.constexpr(int(Bitmap.SEEN))
@@ -84,312 +62,6 @@ _BAD_LOGITS = tl.constexpr(int(Finish.NON_FINITE_LOGITS))
 _BAD_SCORES = tl.constexpr(int(Finish.NON_FINITE_SCORES))
 _WINDOW = tl.constexpr(WINDOW)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def scaled(x, params_ptr, features, RECIPROCAL: tl.constexpr):
-    """Step 18 of rows that sample: scores over the temperature, as PyTorch divides by a Python number."""
-    if (features & (_SAMPLE | _TEMPERATURE)) == (_SAMPLE | _TEMPERATURE):
-        temperature = float_param(params_ptr, _TEMPERATURE_VALUE)
-        if RECIPROCAL:
-            x = x * tl.math.div_rn(1.0, temperature)
-        else:
-            x = tl.math.div_rn(x, temperature)
-    return x
-
-
-@triton.jit
-def _is_bad(logits_ptr, num_columns, vocab_size, TILE: tl.constexpr):
-    """1 if the model gave NaN or +inf, else 0."""
-    bad = tl.zeros([TILE], tl.int32)
-    for start in range(0, num_columns, TILE):
-        token = start + tl.arange(0, TILE)
-        x = tl.load(logits_ptr + token, mask=token < num_columns, other=0.0).to(tl.float32)
-        bad |= ((token < vocab_size) & ((x < float("inf")) == 0)).to(tl.int32)
-    return tl.max(bad, 0)
-
-
-@triton.jit
-def _process(
-    logits_ptr,
-    scores_ptr,
-    bitmaps_ptr,
-    banned_ptr,
-    words,
-    params_ptr,
-    features,
-    length,
-    num_columns,
-    vocab_size,
-    RECIPROCAL: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """B. Of each lane of a tile: the largest score, its first token, 1 if it met a NaN.
-
-    Writes the scores of rows that keep them, -inf from vocab_size on.
-    """
-    best = tl.full([TILE], -float("inf"), tl.float32)
-    where = tl.full([TILE], _NO_TOKEN, tl.int32)
-    flags = tl.zeros([TILE], tl.int32)
-    if (features & KEEPS_SCORES) == 0:
-        for start in range(0, num_columns, TILE):
-            token = start + tl.arange(0, TILE)
-            x = tl.load(logits_ptr + token, mask=token < num_columns, other=-float("inf")).to(tl.float32)
-            x = tl.where(token < vocab_size, scaled(x, params_ptr, features, RECIPROCAL), -float("inf"))
-            flags |= (x != x).to(tl.int32)
-            better = x > best
-            best = tl.where(better, x, best)
-            where = tl.where(better, token, where)
-    else:
-        none_allowed = 0
-        turn = 0
-        while turn < 2:
-            best = tl.full([TILE], -float("inf"), tl.float32)
-            where = tl.full([TILE], _NO_TOKEN, tl.int32)
-            flags = tl.zeros([TILE], tl.int32)
-            for start in range(0, num_columns, TILE):
-                token = start + tl.arange(0, TILE)
-                inside = token < num_columns
-                live = token < vocab_size
-                if (features & USES_SCORES) != 0:
-                    x = tl.load(scores_ptr + token, mask=inside, other=-float("inf"))
-                else:
-                    x = tl.load(logits_ptr + token, mask=inside, other=-float("inf")).to(tl.float32)
-                x, candidates = process_tile(
-                    x,
-                    token,
-                    live,
-                    bitmaps_ptr,
-                    banned_ptr,
-                    words,
-                    params_ptr,
-                    features,
-                    length,
-                    none_allowed,
-                    RECIPROCAL,
-                )
-                x = tl.where(live, scaled(x, params_ptr, features, RECIPROCAL), -float("inf"))
-                tl.store(scores_ptr + token, x, mask=inside)
-                flags |= (x != x).to(tl.int32) | (candidates << 1)
-                better = x > best
-                best = tl.where(better, x, best)
-                where = tl.where(better, token, where)
-            turn += 1
-            if ((features & _ALLOWED) == 0) | (tl.max(flags & 2, 0) != 0):
-                turn = 2
-            none_allowed = 1
-    return best, where, flags & 1
-
-
-@triton.jit
-def _tile_of_scores(
-    logits_ptr, scores_ptr, token, params_ptr, features, num_columns, vocab_size, RECIPROCAL: tl.constexpr
-):
-    """What `_process` saw: of rows that keep no scores it is computed again."""
-    inside = token < num_columns
-    if (features & KEEPS_SCORES) != 0:
-        x = tl.load(scores_ptr + token, mask=inside, other=-float("inf"))
-    else:
-        x = tl.load(logits_ptr + token, mask=inside, other=-float("inf")).to(tl.float32)
-        x = tl.where(token < vocab_size, scaled(x, params_ptr, features, RECIPROCAL), -float("inf"))
-    return x
-
-
-@triton.jit
-def _copy_candidates(
-    logits_ptr,
-    scores_ptr,
-    values_ptr,
-    ids_ptr,
-    params_ptr,
-    features,
-    peak,
-    threshold,
-    num_columns,
-    vocab_size,
-    RECIPROCAL: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Copies the finite scores from threshold on, in order of their tokens, as many as fit.
-
-    Returns their number and the sum of exp(x - peak) of the others, 0 unless the candidates are a guess.
-    """
-    count = 0
-    rest = 0.0
-    for start in range(0, num_columns, TILE):
-        token = start + tl.arange(0, TILE)
-        x = _tile_of_scores(logits_ptr, scores_ptr, token, params_ptr, features, num_columns, vocab_size, RECIPROCAL)
-        chosen = (x >= threshold) & (x > -float("inf"))
-        if is_guess(features):
-            rest += tl.sum(tl.where(chosen, 0.0, tl.exp(x - peak)), 0)
-        number = tl.sum(chosen.to(tl.int32), 0)
-        if number > 0:
-            place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
-            fits = chosen & (place < _WINDOW)
-            tl.store(values_ptr + place, x, mask=fits)
-            tl.store(ids_ptr + place, token, mask=fits)
-        count += number
-    return count, rest
-
-
-@triton.jit
-def _store_scores(
-    logits_ptr, scores_ptr, params_ptr, features, num_columns, vocab_size, RECIPROCAL: tl.constexpr, TILE: tl.constexpr
-):
-    for start in range(0, num_columns, TILE):
-        token = start + tl.arange(0, TILE)
-        x = _tile_of_scores(logits_ptr, scores_ptr, token, params_ptr, features, num_columns, vocab_size, RECIPROCAL)
-        tl.store(scores_ptr + token, x, mask=token < num_columns)
-
-
-@triton.jit
-def _draw(
-    row_ptr,
-    ids_ptr,
-    width,
-    lo,
-    hi,
-    params_ptr,
-    step,
-    vocab_size,
-    num_threads,
-    NATIVE_LOG: tl.constexpr,
-    TILE: tl.constexpr,
-    COMPACT: tl.constexpr,
-):
-    """D. The token that wins the race over lo <= x <= hi of width scores, and its own; hi is the largest of them.
-
-    COMPACT: the tokens are those at ids_ptr, rising; else the places in the row.
-    """
-    low = tl.load(params_ptr + _SEED_LOW).to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = tl.load(params_ptr + _SEED_HIGH).to(tl.uint32, bitcast=True).to(tl.uint64)
-    seed = (high << 32) | low
-    first = tl.load(params_ptr + _ROW) * vocab_size
-    num_elements = tl.load(params_ptr + _NUM_ROWS) * vocab_size
-    total = total_of(row_ptr, hi, width, lo, hi, hi, TILE, False)
-    best = 0.0
-    winner = _NO_TOKEN
-    score = hi
-    for start in range(0, width, TILE):
-        token = start + tl.arange(0, TILE)
-        inside = token < width
-        x = tl.load(row_ptr + token, mask=inside, other=-float("inf"))
-        if COMPACT:
-            token = tl.load(ids_ptr + token, mask=inside, other=0)
-        p = tl.math.div_rn(tl.exp(tl.where((x >= lo) & (x <= hi), x, -float("inf")) - hi), total)
-        if tl.max(p, 0) * LARGEST_RATIO > best:
-            words = random_words(seed, step, first + token, num_elements, num_threads)
-            ratio = tl.math.div_rn(p, exponentials(words, NATIVE_LOG))
-            largest = tl.max(ratio, 0)
-            if largest > best:
-                best = largest
-                winner = tl.min(tl.where(ratio == largest, token, _NO_TOKEN), 0)
-                score = tl.max(tl.where((ratio == largest) & (token == winner), x, -float("inf")), 0)
-    return winner, score
-
-
-@triton.jit
-def _choose(
-    logits_ptr,
-    scores_ptr,
-    values_ptr,
-    ids_ptr,
-    interval_ptr,
-    params_ptr,
-    features,
-    lanes,
-    peak,
-    step,
-    num_columns,
-    vocab_size,
-    num_threads,
-    RECIPROCAL: tl.constexpr,
-    NATIVE_LOG: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """C and D of a row that samples: its token and that one's score."""
-    token = _NO_TOKEN
-    score = peak
-    lo = -float("inf")
-    hi = peak
-    valid = 0
-    wanted = num_candidates(params_ptr, features)
-    if ((features & FILTERS) != 0) & (wanted <= MOST_RANKED):
-        threshold = threshold_of_lanes(lanes, wanted)
-        count, rest = _copy_candidates(
-            logits_ptr,
-            scores_ptr,
-            values_ptr,
-            ids_ptr,
-            params_ptr,
-            features,
-            peak,
-            threshold,
-            num_columns,
-            vocab_size,
-            RECIPROCAL,
-            TILE,
-        )
-        if count <= _WINDOW:
-            tl.debug_barrier()  # candidates are read by other threads than wrote them
-            place = tl.arange(0, _WINDOW)
-            x = tl.load(values_ptr + place, mask=place < count, other=-float("inf"))
-            lo, hi, valid = filter_row(
-                values_ptr, x, _WINDOW, params_ptr, features, peak, rest, threshold, values_ptr, _WINDOW, True, _WINDOW
-            )
-            if valid != 0:
-                token, score = _draw(
-                    values_ptr,
-                    ids_ptr,
-                    count,
-                    lo,
-                    hi,
-                    params_ptr,
-                    step,
-                    vocab_size,
-                    num_threads,
-                    NATIVE_LOG,
-                    TILE // 2,
-                    True,
-                )
-    if valid == 0:
-        if (features & KEEPS_SCORES) == 0:
-            _store_scores(logits_ptr, scores_ptr, params_ptr, features, num_columns, vocab_size, RECIPROCAL, TILE)
-        tl.debug_barrier()
-        lo = -float("inf")
-        hi = peak
-        if (features & FILTERS) != 0:
-            lo, hi, valid = filter_row(
-                scores_ptr,
-                lanes,
-                num_columns,
-                params_ptr,
-                features,
-                peak,
-                peak * 0.0,
-                peak,
-                values_ptr,
-                TILE,
-                False,
-                _WINDOW,
-            )
-        token, score = _draw(
-            scores_ptr,
-            ids_ptr,
-            num_columns,
-            lo,
-            hi,
-            params_ptr,
-            step,
-            vocab_size,
-            num_threads,
-            NATIVE_LOG,
-            TILE // 2,
-            False,
-        )
-    tl.store(interval_ptr, lo)
-    tl.store(interval_ptr + 1, hi)
-    return token, score
 
 
 @triton.jit
@@ -409,37 +81,42 @@ def _count(num_counts_ptr, ids_ptr, counts_ptr, token, capacity, TILE: tl.conste
         tl.store(num_counts_ptr, known + 1)
 
 
+@triton.jit
+def _move_on(
+    token, slot, length, features, params_ptr, bitmaps_ptr, hist_ptr, length_ptr, finished_ptr,
+    num_counts_ptr, count_ids_ptr, counts_ptr, bitmap_words, hist_width,
+):  # fmt: skip
+    """Takes the token into the slot's state. Returns why the sequence ends, 0 where it goes on."""
+    finish = 0
+    tl.store(hist_ptr + slot * hist_width + length, token)
+    tl.store(length_ptr + slot, length + 1)
+    if (features & _REPETITION) != 0:
+        word_ptr = bitmaps_ptr + _SEEN * bitmap_words + (token >> 5)
+        tl.store(word_ptr, tl.load(word_ptr) | (1 << (token & 31)))
+    if (features & _OUTPUT_PENALTY) != 0:
+        lists = slot * hist_width
+        _count(num_counts_ptr + slot, count_ids_ptr + lists, counts_ptr + lists, token, hist_width, 1024)
+    if has_bit(bitmaps_ptr + _EOS * bitmap_words, token, True):
+        finish = _BY_EOS
+    elif has_bit(bitmaps_ptr + _END * bitmap_words, token, True):
+        finish = _BY_STOP_TOKEN
+    elif length + 1 >= tl.load(params_ptr + _MAX_TOTAL):
+        finish = _BY_LENGTH
+    if finish != 0:
+        tl.store(finished_ptr + slot, finish)
+    return finish
+
+
 @triton.jit(do_not_specialize=["padding_slot", "num_threads", "vocab_size"])
 def _sample_kernel(
-    logits_ptr,
-    row_slots_ptr,
-    results_ptr,
-    length_ptr,
-    finished_ptr,
-    params_ptr,
-    hist_ptr,
-    bitmaps_ptr,
-    num_counts_ptr,
-    count_ids_ptr,
-    counts_ptr,
-    scores_ptr,
-    banned_ptr,
-    interval_ptr,
-    values_ptr,
-    ids_ptr,
-    stride_logits,
-    stride_scores,
+    logits_ptr, row_slots_ptr, results_ptr,
+    length_ptr, finished_ptr, params_ptr, hist_ptr, bitmaps_ptr, num_counts_ptr, count_ids_ptr, counts_ptr,
+    scores_ptr, banned_ptr, interval_ptr, values_ptr, ids_ptr,
+    stride_logits, stride_scores,
     num_columns,  # of logits and scores
-    vocab_size,
-    bitmap_words,
-    hist_width,
-    padding_slot,
-    num_threads,
-    RECIPROCAL: tl.constexpr,
-    NATIVE_LOG: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
-):
+    vocab_size, bitmap_words, hist_width, padding_slot, num_threads,
+    RECIPROCAL: tl.constexpr, NATIVE_LOG: tl.constexpr, TILE: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
+):  # fmt: skip
     if DEPENDENT_LAUNCH:
         follow()
     row = tl.program_id(0).to(tl.int64)
@@ -456,65 +133,31 @@ def _sample_kernel(
         logits_ptr += row * stride_logits
         scores_ptr += row * stride_scores
         bitmaps_ptr += slot * _NUM_BITMAPS * bitmap_words
-        lanes, where, broken = _process(
-            logits_ptr,
-            scores_ptr,
-            bitmaps_ptr,
-            banned_ptr + row * bitmap_words,
-            bitmap_words,
-            params_ptr,
-            features,
-            length,
-            num_columns,
-            vocab_size,
-            RECIPROCAL,
-            TILE,
-        )
+        lanes, where, broken = process_row(
+            logits_ptr, scores_ptr, bitmaps_ptr, banned_ptr + row * bitmap_words, bitmap_words, params_ptr, features,
+            length, num_columns, vocab_size, RECIPROCAL, TILE,
+        )  # fmt: skip
         score = tl.max(lanes, 0)
         samples = (features & _SAMPLE) != 0
         failed = (tl.max(broken, 0) != 0) | (score == -float("inf")) | (samples & (score == float("inf")))
         if failed:
-            bad_logits = _is_bad(logits_ptr, num_columns, vocab_size, TILE)
+            bad_logits = is_bad(logits_ptr, num_columns, vocab_size, TILE)
             finish = tl.where(bad_logits != 0, _BAD_LOGITS, _BAD_SCORES)
             tl.store(finished_ptr + slot, finish)
         else:
             if samples:
-                token, score = _choose(
-                    logits_ptr,
-                    scores_ptr,
-                    values_ptr + row * _WINDOW,
-                    ids_ptr + row * _WINDOW,
-                    interval_ptr + row * 2,
-                    params_ptr,
-                    features,
-                    lanes,
-                    score,
-                    length - tl.load(params_ptr + _PROMPT_LEN),
-                    num_columns,
-                    vocab_size,
-                    num_threads,
-                    RECIPROCAL,
-                    NATIVE_LOG,
-                    TILE,
-                )
+                token, score = choose(
+                    logits_ptr, scores_ptr, values_ptr + row * _WINDOW, ids_ptr + row * _WINDOW,
+                    interval_ptr + row * 2, params_ptr, features, lanes, score,
+                    length - tl.load(params_ptr + _PROMPT_LEN), num_columns, vocab_size, num_threads,
+                    RECIPROCAL, NATIVE_LOG, TILE,
+                )  # fmt: skip
             else:
                 token = tl.min(tl.where(lanes == score, where, _NO_TOKEN), 0)
-            tl.store(hist_ptr + slot * hist_width + length, token)
-            tl.store(length_ptr + slot, length + 1)
-            if (features & _REPETITION) != 0:
-                word_ptr = bitmaps_ptr + _SEEN * bitmap_words + (token >> 5)
-                tl.store(word_ptr, tl.load(word_ptr) | (1 << (token & 31)))
-            if (features & _OUTPUT_PENALTY) != 0:
-                lists = slot * hist_width
-                _count(num_counts_ptr + slot, count_ids_ptr + lists, counts_ptr + lists, token, hist_width, 1024)
-            if has_bit(bitmaps_ptr + _EOS * bitmap_words, token, True):
-                finish = _BY_EOS
-            elif has_bit(bitmaps_ptr + _END * bitmap_words, token, True):
-                finish = _BY_STOP_TOKEN
-            elif length + 1 >= tl.load(params_ptr + _MAX_TOTAL):
-                finish = _BY_LENGTH
-            if finish != 0:
-                tl.store(finished_ptr + slot, finish)
+            finish = _move_on(
+                token, slot, length, features, params_ptr, bitmaps_ptr, hist_ptr, length_ptr, finished_ptr,
+                num_counts_ptr, count_ids_ptr, counts_ptr, bitmap_words, hist_width,
+            )  # fmt: skip
     result_ptr = results_ptr + row * 4
     tl.store(result_ptr, token)
     tl.store(result_ptr + 1, finish)
@@ -554,30 +197,12 @@ def sample(
     if num_rows == 0:
         return results
     _sample_kernel[(num_rows,)](
-        logits,
-        row_slots,
-        results,
-        state.length,
-        state.finished,
-        state.params,
-        state.hist,
-        state.bitmaps,
-        state.num_counts,
-        state.count_ids,
-        state.counts,
-        workspace.scores,
-        workspace.banned,
-        workspace.interval,
-        workspace.candidate_values,
-        workspace.candidate_ids,
-        logits.stride(0),
-        workspace.scores.stride(0),
-        min(logits.shape[1], workspace.scores.shape[1]),
-        state.vocab_size,
-        state.bitmaps.shape[2],
-        state.hist.shape[1],
-        state.padding_slot,
-        num_threads,
+        logits, row_slots, results,
+        state.length, state.finished, state.params, state.hist, state.bitmaps,
+        state.num_counts, state.count_ids, state.counts,
+        workspace.scores, workspace.banned, workspace.interval, workspace.candidate_values, workspace.candidate_ids,
+        logits.stride(0), workspace.scores.stride(0), min(logits.shape[1], workspace.scores.shape[1]),
+        state.vocab_size, state.bitmaps.shape[2], state.hist.shape[1], state.padding_slot, num_threads,
         RECIPROCAL=reciprocal,
         NATIVE_LOG=logits.is_cuda,
         TILE=TILE,
@@ -585,7 +210,7 @@ def sample(
         maxnreg=MAX_REGISTERS,
         enable_fp_fusion=False,
         **launch_options(dependent_launch),
-    )
+    )  # fmt: skip
     return results
 
 

@@ -20,28 +20,24 @@ Log
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_kernels.attention_tiles import (
-    LOG2_E,
-    LOWEST,
-    as_numbers,
-    attend_tile,
+from octavo_kernels.attention_arguments import (
     check_attention,
-    fp8_form,
-    product_form,
+    common_arguments,
+    needs_upcast,
     require_ints,
-    shared_count,
+    split_constants,
 )
+from octavo_kernels.attention_tiles import attend_tile, no_keys, read_queries, shared_count
 from octavo_kernels.attention_variants import CacheKind
 from octavo_kernels.attention_workspace import SPLIT, AttentionWorkspace
-from octavo_kernels.checks import row_stride
 from octavo_kernels.dependent_launch import follow, launch_options
-from octavo_kernels.prefill_attention import needs_upcast
+from octavo_kernels.products import product_form
 from octavo_kernels.variant import Variant
 
 SHARED_TILE: Final = 32
@@ -58,30 +54,18 @@ def shared_kernel(
     shared_ptr,  # int32 [R]
     partial_ptr,  # fp32 [R, H, splits, QUERIES, D], the first of QUERIES is used
     lse_ptr,  # fp32 [R, H, splits, QUERIES]
-    stride_qkv,
-    stride_half,
-    stride_block,
-    stride_table,
+    stride_qkv, stride_half, stride_block, stride_table,
     num_blocks,
     max_blocks,  # B
     max_splits,
     num_rows,  # R
     scale,  # base-2 scores are query * key * scale: the cache's scale is in it
     v_scale,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    TILE_D: tl.constexpr,  # power of 2, at least D
-    BLOCK: tl.constexpr,  # S
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    SPLIT_LEN: tl.constexpr,
-    QUERIES: tl.constexpr,
-    FP8_FORM: tl.constexpr,
-    UPCAST: tl.constexpr,
-    FORM: tl.constexpr,
-    STAGES: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_D: tl.constexpr,  # H, D, S, a power of 2 from D on
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, SPLIT_LEN: tl.constexpr, QUERIES: tl.constexpr,
+    FP8_FORM: tl.constexpr, UPCAST: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (H, tiles, splits)."""
     if DEPENDENT_LAUNCH:
         follow()
@@ -100,13 +84,9 @@ def shared_kernel(
     table_ptr += leader * stride_table
     cache_ptr += head * (BLOCK * D)
     mask = live[:, None] & (dims < D)[None, :]
-    q = tl.load(qkv_ptr + row[:, None] * stride_qkv + (head * D + dims)[None, :], mask=mask, other=0.0)
     VALUE: tl.constexpr = qkv_ptr.dtype.element_ty
-    if UPCAST:
-        q = q.to(tl.float32)
-    peak = tl.full([TILE_M], LOWEST, tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
-    acc = tl.zeros([TILE_M, TILE_D], tl.float32)
+    q = read_queries(qkv_ptr, row, mask, head, stride_qkv, D, TILE_D, UPCAST)
+    peak, total, acc = no_keys(TILE_M, TILE_D)
     begin = split * SPLIT_LEN
     end = begin + SPLIT_LEN
     for start in tl.range(begin, end, TILE_N, num_stages=STAGES):
@@ -149,57 +129,27 @@ def shared_attention(
     num_tiles = tile_rows.shape[0] if tile_rows.dim() else 0
     require_ints("tile_rows", tile_rows, (num_tiles, SHARED_TILE), qkv)
     require_ints("shared_splits", shared_splits, (num_rows,), qkv)
-    _, num_blocks, num_heads, block_size, head_size = layer_cache.shape
+    _, _, num_heads, block_size, head_size = layer_cache.shape
     context = block_tables.shape[1] * block_size
     workspace.check(num_rows, num_heads, head_size, context, 1, qkv)
     splits = (context - 1) // SPLIT  # the last position is no row's to share
     if not num_tiles or not num_rows or not splits:
         return
     wide = needs_upcast(upcast, qkv, layer_cache)
-    constants, options = _constants(num_heads, head_size, block_size, 4 if wide else qkv.itemsize)
+    itemsize = 4 if wide else qkv.itemsize
+    constants, options = split_constants(num_heads, head_size, block_size, itemsize, SHARED_TILE)
     shared_kernel[(num_heads, num_tiles, splits)](
-        qkv,
-        as_numbers(layer_cache),
-        block_tables,
-        seq_lens,
-        tile_rows,
-        shared_splits,
-        workspace.partial,
-        workspace.lse,
-        row_stride(qkv),
-        layer_cache.stride(0),
-        layer_cache.stride(1),
-        row_stride(block_tables),
-        num_blocks,
-        block_tables.shape[1],
-        workspace.max_splits,
-        num_rows,
-        scale * LOG2_E * k_scale,
-        float(v_scale),
+        **common_arguments(qkv, layer_cache, block_tables, seq_lens, scale, k_scale, v_scale),
+        **workspace.arguments(),
+        tile_rows_ptr=tile_rows,
+        shared_ptr=shared_splits,
+        num_rows=num_rows,
         **constants,
-        QUERIES=workspace.num_queries,
-        FP8_FORM=fp8_form(layer_cache),
         UPCAST=wide,
         FORM=product_form(qkv, fixed_order=False),
         **options,
-        enable_fp_fusion=True,
         **launch_options(dependent_launch),
     )
-
-
-def _constants(num_heads: int, head_size: int, block_size: int, itemsize: int) -> tuple[dict[str, Any], dict[str, int]]:
-    """constexprs of `shared_kernel`, and launch options. itemsize: bytes of what is multiplied."""
-    constants = {
-        "HEADS": num_heads,
-        "D": head_size,
-        "TILE_D": triton.next_power_of_2(head_size),
-        "BLOCK": block_size,
-        "TILE_M": SHARED_TILE,
-        "TILE_N": 64 if itemsize == 2 else 32,
-        "SPLIT_LEN": SPLIT,
-        "STAGES": 2,
-    }
-    return constants, {"num_warps": 4, "num_stages": 2}
 
 
 def compile_variants() -> list[Variant]:
@@ -211,7 +161,8 @@ def compile_variants() -> list[Variant]:
     ]
     variants = []
     for kind in kinds:
-        constants, options = _constants(kind.heads, kind.head_size, kind.block_size, 4 if kind.dtype == "fp32" else 2)
+        itemsize = 4 if kind.dtype == "fp32" else 2
+        constants, options = split_constants(kind.heads, kind.head_size, kind.block_size, itemsize, SHARED_TILE)
         constants |= {"QUERIES": 1, "FP8_FORM": kind.fp8, "UPCAST": False, "FORM": "dot"}
         mma = None if kind.dtype == "fp32" else "mma"
         variants.append(kind.variant("shared", shared_kernel, constants, mma=mma, **options))

@@ -29,26 +29,124 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_kernels.attention_tiles import (
-    LOG2_E,
-    LOWEST,
-    as_numbers,
-    attend_tile,
+from octavo_kernels.attention_arguments import (
     check_attention,
-    fp8_form,
-    product_form,
+    common_arguments,
+    needs_upcast,
     require_ints,
+    split_constants,
+)
+from octavo_kernels.attention_tiles import (
+    LOWEST,
+    attend_tile,
+    no_keys,
+    read_queries,
+    tokens_of_tile,
     write_token,
 )
 from octavo_kernels.attention_variants import cache_kinds
-from octavo_kernels.attention_workspace import SPLIT, AttentionWorkspace
+from octavo_kernels.attention_workspace import AttentionWorkspace
 from octavo_kernels.checks import row_stride
 from octavo_kernels.dependent_launch import follow, launch_options
-from octavo_kernels.prefill_attention import Int32s, needs_upcast, prefill_tiles
+from octavo_kernels.prefill_attention import Int32s, prefill_tiles
+from octavo_kernels.products import product_form
 from octavo_kernels.variant import Variant
 
 VERIFY_TILE: Final = 16
 """Queries of a tile: the rows of an MMA."""
+
+
+@triton.jit
+def _tile(tile, tile_rows_ptr, tile_starts_ptr):
+    """(row int64, the first of its queries) of a tile."""
+    row = tile
+    first_query = 0
+    if tile_rows_ptr is not None:
+        row = tl.load(tile_rows_ptr + tile).to(tl.int64)
+        first_query = tl.load(tile_starts_ptr + tile)
+    return row, first_query
+
+
+@triton.jit
+def _chunk(row, loc_ptr):
+    """(first token int64, number of tokens) of a row."""
+    first_token = row
+    chunk = 1
+    if loc_ptr is not None:
+        first_token = tl.load(loc_ptr + row).to(tl.int64)
+        chunk = (tl.load(loc_ptr + row + 1) - first_token).to(tl.int32)
+    return first_token, chunk
+
+
+@triton.jit
+def _attend_split(
+    begin,
+    length,
+    last,  # [TILE_M] position of the last key that a query sees
+    token,  # int64 [TILE_M]
+    mask,  # of queries
+    row, head, qkv_ptr, cache_ptr, table_ptr, stride_qkv, stride_half, stride_block, stride_table,
+    num_blocks, max_blocks, scale, k_scale, v_scale, VALUE: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_D: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, SPLIT_LEN: tl.constexpr, WRITE: tl.constexpr,
+    FP8_FORM: tl.constexpr, UPCAST: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A split's attention alone: (result [TILE_M, TILE_D], lse [TILE_M] base-2 logarithm of the sum)."""
+    end = tl.minimum(begin + SPLIT_LEN, length)
+    table_ptr += row * stride_table
+    cache_ptr += head * (BLOCK * D)
+    if WRITE:  # noqa: SIM102 -- one is a constant
+        if begin + SPLIT_LEN >= length:
+            write_token(
+                qkv_ptr + row * stride_qkv + head * D, cache_ptr, table_ptr, length - 1, stride_half, stride_block,
+                num_blocks, k_scale, v_scale, HEADS * D, D, TILE_D, BLOCK, FP8_FORM,
+            )  # fmt: skip
+            tl.debug_barrier()  # the loop below reads what other lanes wrote
+    q = read_queries(qkv_ptr, token, mask, head, stride_qkv, D, TILE_D, UPCAST)
+    peak, total, acc = no_keys(TILE_M, TILE_D)
+    for start in tl.range(begin, end, TILE_N, num_stages=STAGES):
+        peak, total, acc = attend_tile(
+            q, peak, total, acc, start, end, last, cache_ptr, stride_half, stride_block, table_ptr, num_blocks,
+            max_blocks, scale, VALUE, D, TILE_D, BLOCK, TILE_N, FP8_FORM, FORM, True,
+        )  # fmt: skip
+    seen = total != 0.0  # a query before this split sees none of it
+    total = tl.where(seen, total, 1.0)
+    lse = tl.where(seen, peak + tl.log2(total), -float("inf"))
+    return acc * (v_scale / total)[:, None], lse
+
+
+@triton.jit
+def _leave_split(
+    result, lse, split, active, where_out, live,
+    out_ptr,
+    partial_ptr, lse_ptr, ticket_ptr,  # of the tile and the head
+    D: tl.constexpr, TILE_D: tl.constexpr, TILE_M: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Leaves a split's results in the workspace; the last of the `active` splits to arrive merges them."""
+    index = tl.arange(0, TILE_M)
+    dims = tl.arange(0, TILE_D)
+    kept = live & (index < QUERIES)
+    where = index[:, None] * D + dims[None, :]
+    mask = kept[:, None] & (dims < D)[None, :]
+    tl.store(partial_ptr + split * (QUERIES * D) + where, result, mask=mask)
+    tl.store(lse_ptr + split * QUERIES + index, lse, mask=kept)
+    tl.debug_barrier()  # all lanes' stores come before the ticket
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == active - 1:
+        tl.store(ticket_ptr, 0)  # graphs replay without the host
+        top = tl.full([TILE_M], LOWEST, tl.float32)
+        for i in tl.range(0, active):
+            lse = tl.load(lse_ptr + i * QUERIES + index, mask=kept, other=0.0, cache_modifier=".cg")
+            top = tl.maximum(top, lse)
+        total = tl.zeros([TILE_M], tl.float32)
+        merged = tl.zeros([TILE_M, TILE_D], tl.float32)
+        for i in tl.range(0, active):
+            lse = tl.load(lse_ptr + i * QUERIES + index, mask=kept, other=0.0, cache_modifier=".cg")
+            part = tl.load(partial_ptr + i * (QUERIES * D) + where, mask=mask, other=0.0, cache_modifier=".cg")
+            weight = tl.exp2(lse - top)
+            total += weight
+            merged += part * weight[:, None]
+        total = tl.where(total == 0.0, 1.0, total)
+        tl.store(out_ptr + where_out, (merged / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "max_blocks", "max_splits", "num_rows", "num_tokens"])
@@ -64,57 +162,30 @@ def verify_kernel(
     partial_ptr,  # fp32 [tiles, H, splits, QUERIES, D]
     lse_ptr,  # fp32 [tiles, H, splits, QUERIES]
     ticket_ptr,  # int32 [tiles, H]
-    stride_qkv,
-    stride_half,
-    stride_block,
-    stride_table,
-    stride_out,
-    num_blocks,
-    max_blocks,  # B
-    max_splits,
-    num_rows,  # R
-    num_tokens,  # T
-    scale,  # base-2 scores are query * key * scale: the cache's scale is in it
-    k_scale,
-    v_scale,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    TILE_D: tl.constexpr,  # power of 2, at least D
-    BLOCK: tl.constexpr,  # S
-    TILE_M: tl.constexpr,  # 16
-    TILE_N: tl.constexpr,
-    SPLIT_LEN: tl.constexpr,
+    stride_qkv, stride_half, stride_block, stride_table, stride_out,
+    num_blocks, max_blocks, max_splits, num_rows, num_tokens,  # N, B, splits, R, T
+    scale, k_scale, v_scale,  # base-2 scores are query * key * scale: the cache's scale is in it
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TILE_D: tl.constexpr,  # H, D, S, a power of 2 from D on
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, SPLIT_LEN: tl.constexpr,
     QUERIES: tl.constexpr,  # that the workspace has room for: 1, or TILE_M at least
     WRITE: tl.constexpr,  # the last token's key and value are written to the cache first; with one query per row
-    FP8_FORM: tl.constexpr,
-    UPCAST: tl.constexpr,
-    FORM: tl.constexpr,
-    STAGES: tl.constexpr,
+    FP8_FORM: tl.constexpr, UPCAST: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (H, tiles, splits)."""
     if DEPENDENT_LAUNCH:
         follow()
     head = tl.program_id(0)
     tile = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    row = tile
-    first_query = 0
-    if tile_rows_ptr is not None:
-        row = tl.load(tile_rows_ptr + tile).to(tl.int64)
-        first_query = tl.load(tile_starts_ptr + tile)
+    row, first_query = _tile(tile, tile_rows_ptr, tile_starts_ptr)
     if (row < 0) | (row >= num_rows):
         return
-    first_token = row
-    chunk = 1
-    if loc_ptr is not None:
-        first_token = tl.load(loc_ptr + row).to(tl.int64)
-        chunk = (tl.load(loc_ptr + row + 1) - first_token).to(tl.int32)
+    first_token, chunk = _chunk(row, loc_ptr)
     past = tl.load(lens_ptr + row) - chunk  # position of the chunk's first token
     index = tl.arange(0, TILE_M)
     dims = tl.arange(0, TILE_D)
-    token = first_token + first_query + index
-    live = (first_query + index < chunk) & (first_query + index >= 0) & (token >= 0) & (token < num_tokens)
+    token, live = tokens_of_tile(first_token, first_query, chunk, num_tokens, TILE_M)
     mask = live[:, None] & (dims < D)[None, :]
     VALUE: tl.constexpr = qkv_ptr.dtype.element_ty
     where_out = token[:, None] * stride_out + (head * D + dims)[None, :]
@@ -125,62 +196,20 @@ def verify_kernel(
         if (split == 0) & (length <= 0):
             tl.store(out_ptr + where_out, tl.zeros([TILE_M, TILE_D], VALUE), mask=mask)
         return
-    end = tl.minimum(begin + SPLIT_LEN, length)
-    table_ptr += row * stride_table
-    cache_ptr += head * (BLOCK * D)
-    if WRITE:  # noqa: SIM102 -- one is a constant
-        if begin + SPLIT_LEN >= length:
-            write_token(
-                qkv_ptr + row * stride_qkv + head * D, cache_ptr, table_ptr, length - 1, stride_half, stride_block,
-                num_blocks, k_scale, v_scale, HEADS * D, D, TILE_D, BLOCK, FP8_FORM,
-            )  # fmt: skip
-            tl.debug_barrier()  # the loop below reads what other lanes wrote
-    q = tl.load(qkv_ptr + token[:, None] * stride_qkv + (head * D + dims)[None, :], mask=mask, other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
-    peak = tl.full([TILE_M], LOWEST, tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
-    acc = tl.zeros([TILE_M, TILE_D], tl.float32)
-    for start in tl.range(begin, end, TILE_N, num_stages=STAGES):
-        peak, total, acc = attend_tile(
-            q, peak, total, acc, start, end, last, cache_ptr, stride_half, stride_block, table_ptr, num_blocks,
-            max_blocks, scale, VALUE, D, TILE_D, BLOCK, TILE_N, FP8_FORM, FORM, True,
-        )  # fmt: skip
-    seen = total != 0.0  # a query before this split sees none of it
-    total = tl.where(seen, total, 1.0)
-    lse = tl.where(seen, peak + tl.log2(total), -float("inf"))
-    result = acc * (v_scale / total)[:, None]
-
+    result, lse = _attend_split(
+        begin, length, last, token, mask, row, head, qkv_ptr, cache_ptr, table_ptr, stride_qkv, stride_half,
+        stride_block, stride_table, num_blocks, max_blocks, scale, k_scale, v_scale, VALUE, HEADS, D, BLOCK, TILE_D,
+        TILE_M, TILE_N, SPLIT_LEN, WRITE, FP8_FORM, UPCAST, FORM, STAGES,
+    )  # fmt: skip
     active = tl.cdiv(length, SPLIT_LEN)
     if active == 1:
         tl.store(out_ptr + where_out, result.to(VALUE), mask=mask)
     else:
         place = (tile * HEADS + head) * max_splits
-        partial_ptr += place * (QUERIES * D)
-        lse_ptr += place * QUERIES
-        ticket_ptr += tile * HEADS + head
-        kept = live & (index < QUERIES)
-        where = index[:, None] * D + dims[None, :]
-        mask = kept[:, None] & (dims < D)[None, :]
-        tl.store(partial_ptr + split * (QUERIES * D) + where, result, mask=mask)
-        tl.store(lse_ptr + split * QUERIES + index, lse, mask=kept)
-        tl.debug_barrier()  # all lanes' stores come before the ticket
-        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == active - 1:
-            tl.store(ticket_ptr, 0)  # graphs replay without the host
-            top = tl.full([TILE_M], LOWEST, tl.float32)
-            for i in tl.range(0, active):
-                lse = tl.load(lse_ptr + i * QUERIES + index, mask=kept, other=0.0, cache_modifier=".cg")
-                top = tl.maximum(top, lse)
-            total = tl.zeros([TILE_M], tl.float32)
-            merged = tl.zeros([TILE_M, TILE_D], tl.float32)
-            for i in tl.range(0, active):
-                lse = tl.load(lse_ptr + i * QUERIES + index, mask=kept, other=0.0, cache_modifier=".cg")
-                part = tl.load(partial_ptr + i * (QUERIES * D) + where, mask=mask, other=0.0, cache_modifier=".cg")
-                weight = tl.exp2(lse - top)
-                total += weight
-                merged += part * weight[:, None]
-            total = tl.where(total == 0.0, 1.0, total)
-            tl.store(out_ptr + where_out, (merged / total[:, None]).to(VALUE), mask=mask)
+        _leave_split(
+            result, lse, split, active, where_out, live, out_ptr, partial_ptr + place * (QUERIES * D),
+            lse_ptr + place * QUERIES, ticket_ptr + (tile * HEADS + head), D, TILE_D, TILE_M, QUERIES,
+        )  # fmt: skip
 
 
 def verify_attention(
@@ -219,11 +248,11 @@ def verify_attention(
     context = block_tables.shape[1] * block_size
     splits = workspace.check(num_tiles, num_heads, head_size, context, VERIFY_TILE, qkv)
     if num_tiles:
-        tiles = (query_start_loc, tile_rows, tile_starts)
-        grid = (num_heads, num_tiles, splits)
-        scales = (scale, k_scale, v_scale)
-        options = launch_options(dependent_launch)
-        _launch(qkv, layer_cache, block_tables, seq_lens, out, workspace, grid, tiles, scales, upcast, options)
+        arguments = common_arguments(qkv, layer_cache, block_tables, seq_lens, scale, k_scale, v_scale)
+        arguments |= {"loc_ptr": query_start_loc, "tile_rows_ptr": tile_rows, "tile_starts_ptr": tile_starts}
+        arguments |= {"k_scale": float(k_scale), "num_rows": seq_lens.shape[0], "WRITE": False}
+        arguments |= launch_options(dependent_launch)
+        _launch((num_heads, num_tiles, splits), qkv, layer_cache, out, workspace, upcast, arguments)
     return out
 
 
@@ -235,99 +264,53 @@ def verify_tiles(query_start_loc: Int32s, first_row: int) -> tuple[Int32s, Int32
 def decode_dot(
     qkv: Tensor,
     layer_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
     out: Tensor,
     workspace: AttentionWorkspace,
     splits: int,
-    scales: tuple[float, float, float],
     upcast: bool,
-    options: dict[str, Any],
+    arguments: dict[str, Any],
 ) -> None:
-    """`decode_attention` on tensor cores, which has checked the arguments. scales: of scores, keys, values. options: of
-    the launch."""
+    """`decode_attention` on tensor cores, which has checked the arguments: rows of one token, which is written to the
+    cache. arguments: of the launch by name, `common_arguments` and k_scale among them."""
+    alone = {"loc_ptr": None, "tile_rows_ptr": None, "tile_starts_ptr": None, "num_rows": qkv.shape[0], "WRITE": True}
     grid = (layer_cache.shape[2], qkv.shape[0], splits)
-    tiles = (None, None, None)
-    _launch(qkv, layer_cache, block_tables, seq_lens, out, workspace, grid, tiles, scales, upcast, options)
+    _launch(grid, qkv, layer_cache, out, workspace, upcast, arguments | alone)
 
 
 def _launch(
+    grid: tuple[int, int, int],
     qkv: Tensor,
     layer_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
     out: Tensor,
     workspace: AttentionWorkspace,
-    grid: tuple[int, int, int],
-    tiles: tuple[Tensor | None, Tensor | None, Tensor | None],
-    scales: tuple[float, float, float],
     upcast: bool,
-    launch: dict[str, Any],
+    arguments: dict[str, Any],
 ) -> None:
-    """tiles: query_start_loc, tile_rows, tile_starts; without query_start_loc rows are of one token, which is written
-    to the cache."""
-    query_start_loc, tile_rows, tile_starts = tiles
-    scale, k_scale, v_scale = scales
-    _, num_blocks, num_heads, block_size, head_size = layer_cache.shape
+    """arguments: those of `verify_kernel` that do not follow from the others."""
+    _, _, num_heads, block_size, head_size = layer_cache.shape
     wide = needs_upcast(upcast, qkv, layer_cache)
-    constants, options = _constants(num_heads, head_size, block_size, 4 if wide else qkv.itemsize)
+    itemsize = 4 if wide else qkv.itemsize
+    constants, options = split_constants(num_heads, head_size, block_size, itemsize, VERIFY_TILE)
     verify_kernel[grid](
-        qkv,
-        as_numbers(layer_cache),
-        block_tables,
-        query_start_loc,
-        seq_lens,
-        tile_rows,
-        tile_starts,
-        out,
-        workspace.partial,
-        workspace.lse,
-        workspace.tickets,
-        row_stride(qkv),
-        layer_cache.stride(0),
-        layer_cache.stride(1),
-        row_stride(block_tables),
-        row_stride(out),
-        num_blocks,
-        block_tables.shape[1],
-        workspace.max_splits,
-        seq_lens.shape[0],
-        qkv.shape[0],
-        scale * LOG2_E * k_scale,
-        float(k_scale),
-        float(v_scale),
+        **arguments,
+        **workspace.arguments(),
+        ticket_ptr=workspace.tickets,
+        out_ptr=out,
+        stride_out=row_stride(out),
+        num_tokens=qkv.shape[0],
         **constants,
-        QUERIES=workspace.num_queries,
-        WRITE=query_start_loc is None,
-        FP8_FORM=fp8_form(layer_cache),
         UPCAST=wide,
         FORM=product_form(qkv, fixed_order=True),
         **options,
-        enable_fp_fusion=True,
-        **launch,
     )
-
-
-def _constants(num_heads: int, head_size: int, block_size: int, itemsize: int) -> tuple[dict[str, Any], dict[str, int]]:
-    """constexprs of `verify_kernel`, and launch options. itemsize: bytes of what is multiplied."""
-    constants = {
-        "HEADS": num_heads,
-        "D": head_size,
-        "TILE_D": triton.next_power_of_2(head_size),
-        "BLOCK": block_size,
-        "TILE_M": VERIFY_TILE,
-        "TILE_N": 64 if itemsize == 2 else 32,
-        "SPLIT_LEN": SPLIT,
-        "STAGES": 2,
-    }
-    return constants, {"num_warps": 4, "num_stages": 2}
 
 
 def compile_variants() -> list[Variant]:
     """What the engine launches for drafts and in batch-invariant mode, and decode rows on tensor cores, by cache."""
     variants = []
     for kind in cache_kinds():
-        constants, options = _constants(kind.heads, kind.head_size, kind.block_size, 4 if kind.dtype == "fp32" else 2)
+        itemsize = 4 if kind.dtype == "fp32" else 2
+        constants, options = split_constants(kind.heads, kind.head_size, kind.block_size, itemsize, VERIFY_TILE)
         constants |= {"FP8_FORM": kind.fp8, "UPCAST": False, "FORM": "dot"}
         mma = None if kind.dtype == "fp32" else "mma"
         verify = constants | {"QUERIES": VERIFY_TILE, "WRITE": False}
