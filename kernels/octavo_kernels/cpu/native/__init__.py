@@ -39,7 +39,8 @@ SOURCES: Final = sorted(Path(__file__).parent.glob("*.[ch]"))
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 SIGNATURES: Final[dict[str, list[type]]] = {
-    "octavo_use_threads": [_P],
+    "octavo_use_threads": [_P, _P],
+    "octavo_bind": [_P, _I, _L, _I],
     "octavo_attend": [_P, _P, _I, _P, _I, _L, _I, _I, _I, _P, _P, _P, _I, _P, _L, _F, _F, _P, _L, _I],
     "octavo_write": [_P, _I, _P, _I, _L, _I, _I, _I, _P, _L, _F, _F, _I],
     "octavo_has_linear": [],
@@ -128,16 +129,18 @@ def _load(path: Path) -> ctypes.CDLL:
             function.restype = None
     except AttributeError as error:
         raise OSError(str(error)) from error
+    loaded.octavo_bind.restype = _I
     loaded.octavo_has_linear.restype = _I
     loaded.octavo_packed_size.restype = _L
-    loaded.octavo_use_threads(_threads())
+    loaded.octavo_use_threads(*_threads())
     return loaded
 
 
-def _threads() -> int | None:
-    """The address of GOMP_parallel in the OpenMP library that torch itself has loaded, whichever that is."""
+def _threads() -> list[int | None]:
+    """For octavo_use_threads: addresses in the OpenMP library that torch itself has loaded, whichever that is."""
     try:
-        return ctypes.cast(ctypes.CDLL("libtorch_cpu.so").GOMP_parallel, ctypes.c_void_p).value
+        torch_cpu = ctypes.CDLL("libtorch_cpu.so")
+        return [ctypes.cast(f, _P).value for f in (torch_cpu.GOMP_parallel, torch_cpu.omp_get_thread_num)]
     except (OSError, AttributeError) as error:
         raise BuildError(f"no OpenMP threads of torch's: {error}") from error
 

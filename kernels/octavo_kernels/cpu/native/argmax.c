@@ -55,5 +55,5 @@ static void search_rows(void *data) {
 /* index: [M]; x: [M, N] of `type`, fp32 or bf16; N < 2^31. */
 void octavo_argmax(int32_t *index, const char *x, int64_t num_rows, int64_t width, int type, int num_threads) {
     struct rows rows = {index, x, num_rows, width, 0, type};
-    in_threads(search_rows, &rows, num_threads < num_rows ? num_threads : (int)num_rows);
+    in_threads(search_rows, &rows, num_rows > 1 ? num_threads : 1);
 }
