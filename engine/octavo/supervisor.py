@@ -106,6 +106,7 @@ class Supervisor:
         """Set while the core is warm."""
         bound = cores_of(engine.model)
         self._frontend_cores = cpu_cores.others(bound) if bound else []
+        """That front-ends keep to; empty: any."""
         self._core_starts = 0
         self._core_restarts = RestartPolicy()
         self._slots = [FrontendSlot(index) for index in range(server.frontend_processes)]
