@@ -41,6 +41,8 @@ class OverGrpc:
             "--num-threads",
             str(options.threads),
             "--no-enable-prefix-caching",
+            "--max-queue-time",
+            "300",  # a load that is handed over at once waits as long as it takes
             "--dtype",
             *dtype,
         ]
