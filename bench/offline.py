@@ -29,6 +29,8 @@ CONTENDERS_OF = {
     "cuda": ["octavo", "vllm", "transformers", "transformers-continuous", "ctranslate2"],
     "cpu": ["octavo", "octavo-int8", "vllm", "transformers", "ctranslate2-int8"],
 }
+WORKLOADS_OF = {"cuda": list(WORKLOADS), "cpu": ["11/64", "128/128", "512/512", "900/64", "chat", "single", "prefill"]}
+"""A 64th of batch-64 is one request, of batch-256 what 900/64 shows as well."""
 PAIRS = [
     ("octavo", "vllm"),
     ("octavo", "transformers"),
@@ -77,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
     parser.add_argument("--contenders", type=names, metavar="A,B,...", help="as bench/cpu.py has them")
-    parser.add_argument("--workloads", type=workloads, default=list(WORKLOADS), metavar="A,B,...")
+    parser.add_argument("--workloads", type=workloads, metavar="A,B,...", help="of bench/workloads.py")
     parser.add_argument("--scale", type=float, help="of the number of requests; default: 1 on a GPU, else 1/64")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender on each workload")
     parser.add_argument("--cell-seconds", type=float, default=60.0, help="who has used as much takes no further turn")
@@ -91,6 +93,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     cuda = options.device == "cuda"
     options.contenders = options.contenders or CONTENDERS_OF[options.device]
+    options.workloads = options.workloads or WORKLOADS_OF[options.device]
     options.shape = options.shape or ("gpt2-large" if cuda else "gpt2")
     options.scale = options.scale or (1.0 if cuda else 1 / 64)
     options.kv_gib = (16 if cuda else 0) if options.kv_gib is None else options.kv_gib

@@ -154,7 +154,11 @@ def cpu_ratios(run: Run, batches: Sequence[int]) -> str:
 
 
 def throughput(file: str) -> Callable[[Path], str]:
-    """Of offline.jsonl or serve.jsonl: output tokens per second by workload, then ratios."""
+    """Of offline.jsonl or serve.jsonl: output tokens per second by workload (of prefill all), then ratios."""
+
+    def rate(cell: Record) -> str:
+        kind = "total" if cell["workload"] == "prefill" else "output"
+        return f"{cell[f'{kind}_tokens_per_second']:.0f}"
 
     def render(results: Path) -> str:
         run = newest(results / file)
@@ -164,12 +168,12 @@ def throughput(file: str) -> Callable[[Path], str]:
         rows = []
         for name in dict.fromkeys(name for name, _ in cells):
             found = [cells.get((name, workload)) for workload in workloads]
-            rates = [f"{cell['output_tokens_per_second']:.0f}" if cell else "-" for cell in found]
-            rows.append([name, *rates])
+            rows.append([name, *(rate(cell) if cell else "-" for cell in found)])
         for first, second in dict.fromkeys((first, second) for first, second, _ in ratios):
             pairs = [ratios.get((first, second, workload)) for workload in workloads]
             rows.append([f"{first} / {second}", *(spread(pair) if pair else "-" for pair in pairs)])
-        return f"{table(['output tokens/s; ratios', *workloads], rows)}\n\n{conditions(run)}"
+        heads = ["prefill (all tokens)" if workload == "prefill" else workload for workload in workloads]
+        return f"{table(['output tokens/s; ratios', *heads], rows)}\n\n{conditions(run)}"
 
     return render
 

@@ -94,8 +94,9 @@ def test_answers_for_a_caller_that_died_go_nowhere():
 
 @pytest.mark.parametrize(("cores", "number"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (256, 4)])
 def test_front_ends_are_a_quarter_of_the_cores_up_to_four(cores: int, number: int) -> None:
-    assert choose_number("127.0.0.1:50051", cores) == number
-    assert choose_number("unix:/tmp/octavo-test.sock", cores) == 1
+    assert choose_number("127.0.0.1:50051", cores, cores) == number
+    assert choose_number("127.0.0.1:50051", cores, 1) == 1, "no more than have a core of their own"
+    assert choose_number("unix:/tmp/octavo-test.sock", cores, cores) == 1
 
 
 @pytest.mark.parametrize(

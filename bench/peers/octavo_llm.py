@@ -10,6 +10,7 @@ from worker_loop import NewTokens
 
 OWN_TYPES = {
     "int8": {"dtype": "bfloat16", "quantization": "int8"},
+    "bound": {"dtype": "bfloat16", "cpu_cores": "auto"},
     "fp8-cache": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
 }
 """What is called a dtype here and is none of the model's."""

@@ -21,6 +21,11 @@ from octavo.client import AsyncClient
 from worker_loop import NewTokens
 
 READY_TIMEOUT = 180.0
+OWN_TYPES = {
+    "int8": ["bfloat16", "--quantization", "int8"],
+    "bound": ["bfloat16", "--cpu-cores", "auto"],
+}
+"""What is called a dtype here and is none of the model's, and the flags for it after --dtype."""
 
 
 class OverGrpc:
@@ -29,13 +34,15 @@ class OverGrpc:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        dtype = ["bfloat16", "--quantization", "int8"] if options.dtype == "int8" else [options.dtype]
+        dtype = OWN_TYPES.get(options.dtype, [options.dtype])
         flags = [
             "--device",
             options.device,
             "--num-threads",
             str(options.threads),
             "--no-enable-prefix-caching",
+            "--max-queue-time",
+            "300",  # a load that is handed over at once waits as long as it takes
             "--dtype",
             *dtype,
         ]

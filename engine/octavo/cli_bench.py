@@ -33,7 +33,7 @@ _NUM_REQUESTS = 100
 _LENGTH = 128
 _NOT_PARAMS = {"max_new_tokens": "--output-len", "response_length": "--output-len", "timeout": "--timeout"}
 _SERVER_FACTS = (
-    *("version", "instance_id", "model", "device", "attention_backend", "kv_cache_dtype", "block_size"),
+    *("version", "instance_id", "model", "device", "attention_backend", "cpu_cores", "kv_cache_dtype", "block_size"),
     *("total_kv_blocks", "max_num_requests", "max_num_batched_tokens", "max_inflight_requests", "frontend_processes"),
 )
 _MODEL_FACTS = ("dtype", "num_parameters", "vocab_size", "n_positions", "weights_sha256", "batch_invariant")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo import cpu_cores
 from octavo.errors import StartupError
 
 
@@ -31,12 +32,21 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """On a GPU, read the KV blocks that requests in a step begin with once for several of them, where that pays. Not
     with batch_invariant, since sums depend on it."""
     num_threads: int = 0
-    """OpenMP threads of the CPU path; 0: torch's own choice."""
+    """OpenMP threads of the CPU path; 0: as many as cpu_cores has, else torch's own choice."""
+    cpu_cores: str = cpu_cores.NONE
+    """Cores that the CPU path's compute threads are bound to, a thread to each: a list in their order, as "0-3,8",
+    "auto" (one hardware thread of every core that the process may use) or "none" (the system moves threads as it
+    likes). Front-ends keep to the other cores where there are any."""
 
 
 def shares_prefixes(config: ModelConfig) -> bool:
     """Whether decode attention may read blocks once for several requests."""
     return config.shared_prefix_attention and not config.batch_invariant
+
+
+def cores_of(config: ModelConfig) -> list[int]:
+    """The cores to which the CPU path's threads are bound; none if they are not. Raises StartupError (USAGE)."""
+    return cpu_cores.resolve(config.cpu_cores, num_threads=config.num_threads, device=config.device)
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +113,7 @@ def check(config: EngineConfig) -> None:
     for name, value, good, rule in rules:
         if not good:
             raise StartupError(StartupError.USAGE, f"{name} must be {rule}, not {value}")
+    cores_of(config.model)
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 from octavo.child import Child, RestartPolicy
 from octavo.ipc import ClusterCall, ClusterReply, FrontendCall
 
 
-def choose_number(address: str, cores: int | None = None) -> int:
-    """How many front-ends serve `address` on so many cores, by default those that this process may use."""
+def choose_number(address: str, cores: int, free: int) -> int:
+    """How many front-ends serve `address` on so many cores, of which `free` are not the engine's alone."""
     if address.startswith("unix:"):
         return 1
-    if cores is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // 4, 1), 4)
+    return min(max(cores // 4, 1), 4, free)
 
 
 @dataclass(slots=True)

@@ -237,6 +237,8 @@ class StartFrontend(msgspec.Struct, frozen=True, tag="start_frontend"):
     max_model_len: int
     """0: n_positions + 1."""
     start_time: float
+    cpu_cores: list[int] = []
+    """Cores that it keeps to; empty: any."""
 
 
 class EngineUp(msgspec.Struct, frozen=True, tag="engine_up"):

@@ -39,8 +39,9 @@ class LLM:
     """A loaded checkpoint that completes batches of prompts by continuous batching.
 
     Keywords are the fields of ModelConfig, CacheConfig and SchedulerConfig, such as `device`, `dtype`,
-    `quantization`, `num_threads`, `block_size`, `memory`, `kv_cache_dtype`, `max_num_requests`. Raises StartupError
-    when the checkpoint or the device cannot be used, TypeError for an unknown keyword. Not thread-safe.
+    `quantization`, `num_threads`, `cpu_cores`, `block_size`, `memory`, `kv_cache_dtype`, `max_num_requests`. With
+    `cpu_cores` the calling thread is bound too, to the first of them, until `close`. Raises StartupError when the
+    checkpoint or the device cannot be used, TypeError for an unknown keyword. Not thread-safe.
     """
 
     def __init__(self, model: str = checkpoint.DEMO, *, runner: Runner | None = None, **options: Any) -> None:

@@ -24,10 +24,10 @@ from typing import Any
 
 import msgspec
 
-from octavo import __version__, log
+from octavo import __version__, cpu_cores, log
 from octavo.checkpoint import DEMO, read_spec, resolve
 from octavo.child import Child, RestartPolicy, describe, limit_resources
-from octavo.config import EngineConfig, ServerConfig, check
+from octavo.config import EngineConfig, ServerConfig, check, cores_of
 from octavo.errors import StartupError
 from octavo.frontend_slots import ClusterCalls, FrontendSlot, choose_number
 from octavo.ipc import (
@@ -104,6 +104,9 @@ class Supervisor:
         self._core: Child | None = None
         self._core_info: EngineInfo | None = None
         """Set while the core is warm."""
+        bound = cores_of(engine.model)
+        self._frontend_cores = cpu_cores.others(bound) if bound else []
+        """That front-ends keep to; empty: any."""
         self._core_starts = 0
         self._core_restarts = RestartPolicy()
         self._slots = [FrontendSlot(index) for index in range(server.frontend_processes)]
@@ -224,6 +227,7 @@ class Supervisor:
             cache_secret=self._cache_secret,
             max_model_len=self._engine.scheduler.max_model_len,
             start_time=self._start_time,
+            cpu_cores=self._frontend_cores,
         )
 
     def _from_frontend(self, slot: FrontendSlot, message: FromChild) -> None:
@@ -379,7 +383,8 @@ def _checked(engine: EngineConfig, server: ServerConfig) -> tuple[EngineConfig, 
     """What can be found wrong before anything is started. Resolves the checkpoint's folder."""
     if server.frontend_processes < 0:
         raise StartupError(StartupError.USAGE, "frontend processes: at least 1, or 0 to choose by the cores")
-    number = server.frontend_processes or choose_number(server.address)
+    usable, free = len(cpu_cores.others([])), len(cpu_cores.others(cores_of(engine.model)))
+    number = server.frontend_processes or choose_number(server.address, usable, free)
     server = msgspec.structs.replace(server, frontend_processes=number)
     if server.frontend_processes > 1 and server.address.startswith("unix:"):
         raise StartupError(StartupError.USAGE, f"{server.address}: several front-ends cannot share a unix socket")

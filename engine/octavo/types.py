@@ -322,6 +322,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch."""
     speculation: bool = True
     """Whether it checks drafts (prompt_lookup_num_tokens); if not, it decodes without any."""
+    cpu_cores: str = ""
+    """Cores that compute threads are bound to, as "0-3,8"; empty if they may run anywhere."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,9 +16,12 @@ RUNS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "offline": (
         [
             {"record": "cell", "contender": "octavo", "workload": "11/64", "output_tokens_per_second": 99.6},
+            {"record": "cell", "contender": "octavo", "workload": "prefill", "output_tokens_per_second": 2.0}
+            | {"total_tokens_per_second": 1802.0},
             RATIO | {"first": "octavo", "second": "vllm", "workload": "11/64"},
         ],
-        "| output tokens/s; ratios | 11/64 |\n| --- | --- |\n| octavo | 100 |\n| octavo / vllm | 1.50 (1.00 to 2.00) |",
+        "| output tokens/s; ratios | 11/64 | prefill (all tokens) |\n| --- | --- | --- |\n"
+        "| octavo | 100 | 1802 |\n| octavo / vllm | 1.50 (1.00 to 2.00) | - |",
     ),
     "step": (
         [

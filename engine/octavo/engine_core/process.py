@@ -75,12 +75,14 @@ class CoreProcess:
         threading.Thread(target=self._read_control, name="control", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         try:
-            core = self._core = self._build(start)
+            # All threads but those that compute start before the core is built: what binds this one to a core leaves
+            # them where they are.
             inputs = self._bind(start.address)
+            threading.Thread(target=self._read_inputs, args=(inputs,), name="input", daemon=True).start()
+            core = self._core = self._build(start)
         except StartupError as error:
             self._channel.send(StartFailed(error.exit_code, str(error)))
             return error.exit_code
-        threading.Thread(target=self._read_inputs, args=(inputs,), name="input", daemon=True).start()
         gc.collect()
         gc.freeze()  # what loading made stays for good: later collections need not look at it
         self._channel.send(CoreReady(core.info))

@@ -80,6 +80,7 @@ class ControlService:
             response.device = info.device
             response.attention_backend = info.attention_backend
             response.kv_cache_dtype = info.kv_cache_dtype
+            response.cpu_cores = info.cpu_cores
             response.block_size = info.block_size
             response.total_kv_blocks = info.num_blocks
             response.max_num_requests = info.max_num_requests

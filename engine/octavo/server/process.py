@@ -227,6 +227,8 @@ async def _run(fd: int) -> int:
     start = await channel.receive()
     if not isinstance(start, StartFrontend):
         return 1
+    if start.cpu_cores:
+        os.sched_setaffinity(0, start.cpu_cores)
     try:
         # Ends here and not through the runner, which would cancel the calls still running: their clients, who cancelled
         # nothing, would see CANCELLED instead of a closed connection.

@@ -16,6 +16,7 @@ from octavo.checkpoint import ModelSpec, read_spec
 from octavo.config import EngineConfig
 from octavo.errors import StartupError
 from octavo.types import EngineInfo
+from octavo.worker.compute_threads import ComputeThreads
 from octavo.worker.device import (
     choose_cache_dtype,
     choose_device,
@@ -57,6 +58,8 @@ class LoadedModel:
     kv_cache: KVCache
     weights_sha256: str
     num_parameters: int
+    threads: ComputeThreads
+    """Whoever has the model releases them when it ends."""
 
     @property
     def num_blocks(self) -> int:
@@ -84,6 +87,7 @@ class LoadedModel:
             batch_invariant=config.model.batch_invariant,
             start_time=time.time(),
             speculation=isinstance(self.model, GPT2),
+            cpu_cores=self.threads.cores,
         )
 
 
@@ -93,8 +97,7 @@ def load_model(config: EngineConfig, progress: Callable[[str], None]) -> LoadedM
     Args:
         progress: told of each stage, one line for people.
     """
-    path = Path(config.model.path)
-    spec = read_spec(path)
+    spec = read_spec(Path(config.model.path))
     device = choose_device(config.model.device)
     config = resolve_budget(config, device)
     dtype = choose_dtype(config.model, spec, device)
@@ -102,8 +105,26 @@ def load_model(config: EngineConfig, progress: Callable[[str], None]) -> LoadedM
     progress(f"device: {describe_device(device, config.model.device)}, dtype {_name(dtype)}")
     if device.type == "cpu" and not uses_kernels(config.model.device, device) and native.must_compile():
         progress("compiling the CPU's kernels, which takes some seconds")
-    if config.model.num_threads:
-        torch.set_num_threads(config.model.num_threads)
+    threads = ComputeThreads(config.model, device)
+    try:
+        if threads.cores:
+            progress(f"compute threads are bound to cores {threads.cores}")
+        return _load(config, spec, device, dtype, cache_dtype, threads, progress)
+    except BaseException:
+        threads.release()
+        raise
+
+
+def _load(
+    config: EngineConfig,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    threads: ComputeThreads,
+    progress: Callable[[str], None],
+) -> LoadedModel:
+    path = Path(config.model.path)
     if device.type == "cpu":  # what cannot work is said before the weights are read; a GPU's memory is known after
         _num_blocks(config, spec, device, dtype, cache_dtype)
     load_dtype = choose_load_dtype(config.model, spec, device, dtype)
@@ -113,7 +134,7 @@ def load_model(config: EngineConfig, progress: Callable[[str], None]) -> LoadedM
     num_blocks = _num_blocks(config, spec, device, dtype, cache_dtype)
     kv_cache = KVCache(spec, num_blocks, config.cache.block_size, dtype=cache_dtype, device=device)
     progress(f"KV-cache: {num_blocks} blocks of {config.cache.block_size} tokens, {_name(cache_dtype)}")
-    loaded = LoadedModel(config, spec, device, dtype, model, kv_cache, weights.sha256, weights.num_parameters)
+    loaded = LoadedModel(config, spec, device, dtype, model, kv_cache, weights.sha256, weights.num_parameters, threads)
     weights.tensors.close()
     return loaded
 

@@ -53,6 +53,7 @@ class ModelRunner:
         loaded = load_model(config, progress)
         config, spec = loaded.config, loaded.spec
         assert isinstance(loaded.model, GPT2)
+        self._threads = loaded.threads
         self._model = loaded.model
         self._kv_cache = loaded.kv_cache
         self.num_blocks = loaded.num_blocks
@@ -93,8 +94,9 @@ class ModelRunner:
             torch.cuda.synchronize(self._kv_cache.data.device)
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Gives memory and cores back."""
         del self._model, self._kv_cache
+        self._threads.release()
 
     @torch.inference_mode()
     def _compute(self, step: SchedulerOutput) -> ModelRunnerOutput:

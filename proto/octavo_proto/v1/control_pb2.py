@@ -26,41 +26,41 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doctavo_proto/v1/control.proto\x12\toctavo.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xe4\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x05 \x01(\t\x12\x16\n\x0ekv_cache_dtype\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x17\n\x0ftotal_kv_blocks\x18\x08 \x01(\x04\x12\x18\n\x10max_num_requests\x18\t \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\r\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\x1d\n\x15max_inflight_requests\x18\x0c \x01(\r\x12\x1a\n\x12max_waiting_tokens\x18\r \x01(\x04\x12\x1a\n\x12\x66rontend_processes\x18\x0e \x01(\r\x12.\n\nstart_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11\x65ngine_start_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x65ngine_restarts\x18\x11 \x01(\r\"\x80\x03\n\x04Load\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.octavo.v1.ServerState\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x18\n\x10waiting_requests\x18\x04 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x05 \x01(\x04\x12\x16\n\x0eused_kv_blocks\x18\x06 \x01(\x04\x12\x18\n\x10\x63\x61\x63hed_kv_blocks\x18\x07 \x01(\x04\x12\x17\n\x0ftotal_kv_blocks\x18\x08 \x01(\x04\x12$\n\x1cgeneration_tokens_per_second\x18\t \x01(\x01\x12 \n\x18prompt_tokens_per_second\x18\n \x01(\x01\x12\x1d\n\x15prefix_cache_hit_rate\x18\x0b \x01(\x01\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12\x14\n\x0c\x65ngine_steps\x18\r \x01(\x04\"\x10\n\x0eGetLoadRequest\"0\n\x0fGetLoadResponse\x12\x1d\n\x04load\x18\x01 \x01(\x0b\x32\x0f.octavo.v1.Load\"?\n\x10WatchLoadRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"2\n\x11WatchLoadResponse\x12\x1d\n\x04load\x18\x01 \x01(\x0b\x32\x0f.octavo.v1.Load\"8\n\x14\x41\x62ortRequestsRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"m\n\x15\x41\x62ortRequestsResponse\x12\x1b\n\x13\x61\x62orted_request_ids\x18\x01 \x03(\t\x12\x1d\n\x15not_found_request_ids\x18\x02 \x03(\t\x12\x18\n\x10\x61\x62orted_requests\x18\x03 \x01(\r\"Z\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08shutdown\x18\x02 \x01(\x08\x12\x0c\n\x04undo\x18\x03 \x01(\x08\"D\n\rDrainResponse\x12\x19\n\x11\x66inished_requests\x18\x01 \x01(\r\x12\x18\n\x10\x61\x62orted_requests\x18\x02 \x01(\r\"\x19\n\x17ResetPrefixCacheRequest\"0\n\x18ResetPrefixCacheResponse\x12\x14\n\x0c\x66reed_blocks\x18\x01 \x01(\x04*\x96\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x16\n\x12SERVER_STATE_READY\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03\x12\x1b\n\x17SERVER_STATE_RESTARTING\x10\x04\x32\xdd\x03\n\x0e\x43ontrolService\x12R\n\rGetServerInfo\x12\x1f.octavo.v1.GetServerInfoRequest\x1a .octavo.v1.GetServerInfoResponse\x12@\n\x07GetLoad\x12\x19.octavo.v1.GetLoadRequest\x1a\x1a.octavo.v1.GetLoadResponse\x12H\n\tWatchLoad\x12\x1b.octavo.v1.WatchLoadRequest\x1a\x1c.octavo.v1.WatchLoadResponse0\x01\x12R\n\rAbortRequests\x12\x1f.octavo.v1.AbortRequestsRequest\x1a .octavo.v1.AbortRequestsResponse\x12:\n\x05\x44rain\x12\x17.octavo.v1.DrainRequest\x1a\x18.octavo.v1.DrainResponse\x12[\n\x10ResetPrefixCache\x12\".octavo.v1.ResetPrefixCacheRequest\x1a#.octavo.v1.ResetPrefixCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doctavo_proto/v1/control.proto\x12\toctavo.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xf7\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x19\n\x11\x61ttention_backend\x18\x05 \x01(\t\x12\x16\n\x0ekv_cache_dtype\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x17\n\x0ftotal_kv_blocks\x18\x08 \x01(\x04\x12\x18\n\x10max_num_requests\x18\t \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\r\x12\x15\n\rmax_model_len\x18\x0b \x01(\r\x12\x1d\n\x15max_inflight_requests\x18\x0c \x01(\r\x12\x1a\n\x12max_waiting_tokens\x18\r \x01(\x04\x12\x1a\n\x12\x66rontend_processes\x18\x0e \x01(\r\x12.\n\nstart_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11\x65ngine_start_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x65ngine_restarts\x18\x11 \x01(\r\x12\x11\n\tcpu_cores\x18\x12 \x01(\t\"\x80\x03\n\x04Load\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.octavo.v1.ServerState\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x18\n\x10waiting_requests\x18\x04 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x05 \x01(\x04\x12\x16\n\x0eused_kv_blocks\x18\x06 \x01(\x04\x12\x18\n\x10\x63\x61\x63hed_kv_blocks\x18\x07 \x01(\x04\x12\x17\n\x0ftotal_kv_blocks\x18\x08 \x01(\x04\x12$\n\x1cgeneration_tokens_per_second\x18\t \x01(\x01\x12 \n\x18prompt_tokens_per_second\x18\n \x01(\x01\x12\x1d\n\x15prefix_cache_hit_rate\x18\x0b \x01(\x01\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12\x14\n\x0c\x65ngine_steps\x18\r \x01(\x04\"\x10\n\x0eGetLoadRequest\"0\n\x0fGetLoadResponse\x12\x1d\n\x04load\x18\x01 \x01(\x0b\x32\x0f.octavo.v1.Load\"?\n\x10WatchLoadRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"2\n\x11WatchLoadResponse\x12\x1d\n\x04load\x18\x01 \x01(\x0b\x32\x0f.octavo.v1.Load\"8\n\x14\x41\x62ortRequestsRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"m\n\x15\x41\x62ortRequestsResponse\x12\x1b\n\x13\x61\x62orted_request_ids\x18\x01 \x03(\t\x12\x1d\n\x15not_found_request_ids\x18\x02 \x03(\t\x12\x18\n\x10\x61\x62orted_requests\x18\x03 \x01(\r\"Z\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08shutdown\x18\x02 \x01(\x08\x12\x0c\n\x04undo\x18\x03 \x01(\x08\"D\n\rDrainResponse\x12\x19\n\x11\x66inished_requests\x18\x01 \x01(\r\x12\x18\n\x10\x61\x62orted_requests\x18\x02 \x01(\r\"\x19\n\x17ResetPrefixCacheRequest\"0\n\x18ResetPrefixCacheResponse\x12\x14\n\x0c\x66reed_blocks\x18\x01 \x01(\x04*\x96\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x16\n\x12SERVER_STATE_READY\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03\x12\x1b\n\x17SERVER_STATE_RESTARTING\x10\x04\x32\xdd\x03\n\x0e\x43ontrolService\x12R\n\rGetServerInfo\x12\x1f.octavo.v1.GetServerInfoRequest\x1a .octavo.v1.GetServerInfoResponse\x12@\n\x07GetLoad\x12\x19.octavo.v1.GetLoadRequest\x1a\x1a.octavo.v1.GetLoadResponse\x12H\n\tWatchLoad\x12\x1b.octavo.v1.WatchLoadRequest\x1a\x1c.octavo.v1.WatchLoadResponse0\x01\x12R\n\rAbortRequests\x12\x1f.octavo.v1.AbortRequestsRequest\x1a .octavo.v1.AbortRequestsResponse\x12:\n\x05\x44rain\x12\x17.octavo.v1.DrainRequest\x1a\x18.octavo.v1.DrainResponse\x12[\n\x10ResetPrefixCache\x12\".octavo.v1.ResetPrefixCacheRequest\x1a#.octavo.v1.ResetPrefixCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'octavo_proto.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVERSTATE']._serialized_start=1601
-  _globals['_SERVERSTATE']._serialized_end=1751
+  _globals['_SERVERSTATE']._serialized_start=1620
+  _globals['_SERVERSTATE']._serialized_end=1770
   _globals['_GETSERVERINFOREQUEST']._serialized_start=109
   _globals['_GETSERVERINFOREQUEST']._serialized_end=131
   _globals['_GETSERVERINFORESPONSE']._serialized_start=134
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=618
-  _globals['_LOAD']._serialized_start=621
-  _globals['_LOAD']._serialized_end=1005
-  _globals['_GETLOADREQUEST']._serialized_start=1007
-  _globals['_GETLOADREQUEST']._serialized_end=1023
-  _globals['_GETLOADRESPONSE']._serialized_start=1025
-  _globals['_GETLOADRESPONSE']._serialized_end=1073
-  _globals['_WATCHLOADREQUEST']._serialized_start=1075
-  _globals['_WATCHLOADREQUEST']._serialized_end=1138
-  _globals['_WATCHLOADRESPONSE']._serialized_start=1140
-  _globals['_WATCHLOADRESPONSE']._serialized_end=1190
-  _globals['_ABORTREQUESTSREQUEST']._serialized_start=1192
-  _globals['_ABORTREQUESTSREQUEST']._serialized_end=1248
-  _globals['_ABORTREQUESTSRESPONSE']._serialized_start=1250
-  _globals['_ABORTREQUESTSRESPONSE']._serialized_end=1359
-  _globals['_DRAINREQUEST']._serialized_start=1361
-  _globals['_DRAINREQUEST']._serialized_end=1451
-  _globals['_DRAINRESPONSE']._serialized_start=1453
-  _globals['_DRAINRESPONSE']._serialized_end=1521
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1523
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1548
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1550
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1598
-  _globals['_CONTROLSERVICE']._serialized_start=1754
-  _globals['_CONTROLSERVICE']._serialized_end=2231
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=637
+  _globals['_LOAD']._serialized_start=640
+  _globals['_LOAD']._serialized_end=1024
+  _globals['_GETLOADREQUEST']._serialized_start=1026
+  _globals['_GETLOADREQUEST']._serialized_end=1042
+  _globals['_GETLOADRESPONSE']._serialized_start=1044
+  _globals['_GETLOADRESPONSE']._serialized_end=1092
+  _globals['_WATCHLOADREQUEST']._serialized_start=1094
+  _globals['_WATCHLOADREQUEST']._serialized_end=1157
+  _globals['_WATCHLOADRESPONSE']._serialized_start=1159
+  _globals['_WATCHLOADRESPONSE']._serialized_end=1209
+  _globals['_ABORTREQUESTSREQUEST']._serialized_start=1211
+  _globals['_ABORTREQUESTSREQUEST']._serialized_end=1267
+  _globals['_ABORTREQUESTSRESPONSE']._serialized_start=1269
+  _globals['_ABORTREQUESTSRESPONSE']._serialized_end=1378
+  _globals['_DRAINREQUEST']._serialized_start=1380
+  _globals['_DRAINREQUEST']._serialized_end=1470
+  _globals['_DRAINRESPONSE']._serialized_start=1472
+  _globals['_DRAINRESPONSE']._serialized_end=1540
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1542
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1567
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1569
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1617
+  _globals['_CONTROLSERVICE']._serialized_start=1773
+  _globals['_CONTROLSERVICE']._serialized_end=2250
 # @@protoc_insertion_point(module_scope)

@@ -29,7 +29,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "instance_id", "model", "device", "attention_backend", "kv_cache_dtype", "block_size", "total_kv_blocks", "max_num_requests", "max_num_batched_tokens", "max_model_len", "max_inflight_requests", "max_waiting_tokens", "frontend_processes", "start_time", "engine_start_time", "engine_restarts")
+    __slots__ = ("version", "instance_id", "model", "device", "attention_backend", "kv_cache_dtype", "block_size", "total_kv_blocks", "max_num_requests", "max_num_batched_tokens", "max_model_len", "max_inflight_requests", "max_waiting_tokens", "frontend_processes", "start_time", "engine_start_time", "engine_restarts", "cpu_cores")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class GetServerInfoResponse(_message.Message):
     START_TIME_FIELD_NUMBER: _ClassVar[int]
     ENGINE_START_TIME_FIELD_NUMBER: _ClassVar[int]
     ENGINE_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    CPU_CORES_FIELD_NUMBER: _ClassVar[int]
     version: str
     instance_id: str
     model: str
@@ -64,7 +65,8 @@ class GetServerInfoResponse(_message.Message):
     start_time: _timestamp_pb2.Timestamp
     engine_start_time: _timestamp_pb2.Timestamp
     engine_restarts: int
-    def __init__(self, version: _Optional[str] = ..., instance_id: _Optional[str] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., attention_backend: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., max_num_requests: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_inflight_requests: _Optional[int] = ..., max_waiting_tokens: _Optional[int] = ..., frontend_processes: _Optional[int] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., engine_start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., engine_restarts: _Optional[int] = ...) -> None: ...
+    cpu_cores: str
+    def __init__(self, version: _Optional[str] = ..., instance_id: _Optional[str] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., attention_backend: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., max_num_requests: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_inflight_requests: _Optional[int] = ..., max_waiting_tokens: _Optional[int] = ..., frontend_processes: _Optional[int] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., engine_start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., engine_restarts: _Optional[int] = ..., cpu_cores: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("time", "state", "running_requests", "waiting_requests", "waiting_tokens", "used_kv_blocks", "cached_kv_blocks", "total_kv_blocks", "generation_tokens_per_second", "prompt_tokens_per_second", "prefix_cache_hit_rate", "preemptions", "engine_steps")

@@ -39,7 +39,8 @@ SOURCES: Final = sorted(Path(__file__).parent.glob("*.[ch]"))
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 SIGNATURES: Final[dict[str, list[type]]] = {
-    "octavo_use_threads": [_P, _P],
+    "octavo_use_threads": [_P, _P, _P],
+    "octavo_bind": [_P, _I, _L, _I],
     "octavo_attend": [_P, _P, _I, _P, _I, _L, _I, _I, _I, _P, _P, _P, _L, _P, _L, _F, _F, _P, _L, _I],
     "octavo_write": [_P, _I, _P, _I, _L, _I, _I, _I, _P, _L, _F, _F, _I],
     "octavo_has_linear": [],
@@ -130,6 +131,7 @@ def _load(path: Path) -> ctypes.CDLL:
             function.restype = None
     except AttributeError as error:
         raise OSError(str(error)) from error
+    loaded.octavo_bind.restype = _I
     loaded.octavo_has_linear.restype = _I
     loaded.octavo_packed_size.restype = _L
     loaded.octavo_use_threads(*_threads())
@@ -137,10 +139,11 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _threads() -> list[int | None]:
-    """The addresses of GOMP_parallel and GOMP_barrier in the OpenMP library that torch itself has loaded."""
+    """For octavo_use_threads: addresses in the OpenMP library that torch itself has loaded, whichever that is."""
     try:
-        torch_s = ctypes.CDLL("libtorch_cpu.so")
-        return [ctypes.cast(f, ctypes.c_void_p).value for f in (torch_s.GOMP_parallel, torch_s.GOMP_barrier)]
+        openmp = ctypes.CDLL("libtorch_cpu.so")
+        functions = (openmp.GOMP_parallel, openmp.GOMP_barrier, openmp.omp_get_thread_num)
+        return [ctypes.cast(function, _P).value for function in functions]
     except (OSError, AttributeError) as error:
         raise BuildError(f"no OpenMP threads of torch's: {error}") from error
 

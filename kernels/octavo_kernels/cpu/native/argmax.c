@@ -58,5 +58,5 @@ static void search_rows(void *data) {
 void octavo_argmax(int32_t *index, float *value, const char *x, int64_t num_rows, int64_t width, int type,
                    int num_threads) {
     struct rows rows = {index, value, x, num_rows, width, 0, type};
-    in_threads(search_rows, &rows, num_threads < num_rows ? num_threads : (int)num_rows);
+    in_threads(search_rows, &rows, num_rows > 1 ? num_threads : 1);
 }

@@ -4,7 +4,8 @@
 
 #include <stdint.h>
 
-/* Runs body(data) in num_threads threads at once, this one among them. */
+/* Runs body(data) in num_threads threads at once, this one among them. num_threads is 1 or torch's number: libgomp ends
+   the threads that a smaller team leaves over, and the next region would have to start them again. */
 __attribute__((visibility("hidden"))) void in_threads(void (*body)(void *), void *data, int num_threads);
 
 /* Within `body`: waits until all its threads are here. */
