@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -336,3 +338,89 @@ def test_torch_s_operators_give_the_same_greedy_tokens(monkeypatch: pytest.Monke
     assert name == "cpu-native"
     monkeypatch.setattr(native, "library", lambda: None)
     assert answers() == ("cpu-paged-flash", tokens)
+
+
+def chunks_step(head_size: int, cache_dtype: torch.dtype, chunks: list[tuple[int, int]]) -> dict[str, Any]:
+    """Arguments of a step in which chunks of (context, tokens) attend, with NaN in all slots that are nobody's."""
+    torch.manual_seed(0)
+    heads, size = 3, 16
+    blocks = [-(-(context + tokens) // size) for context, tokens in chunks]
+    ids = iter((1 + torch.randperm(sum(blocks))).tolist())
+    tables = np.zeros((len(chunks), max(blocks)), np.int32)
+    cache = torch.full((2, sum(blocks) + 1, heads, size, head_size), math.nan).to(cache_dtype)
+    positions, slots = [], []
+    for row, (context, tokens) in enumerate(chunks):
+        tables[row, : blocks[row]] = [next(ids) for _ in range(blocks[row])]
+        places = np.arange(context + tokens)
+        own = tables[row, places // size].astype(np.int64) * size + places % size
+        cache[:, own[:context] // size, :, own[:context] % size] = torch.randn(context, 2, heads, head_size).to(
+            cache_dtype
+        )
+        positions.append(places[context:])
+        slots.append(own[context:])
+    starts = np.cumsum([0, *(tokens for _, tokens in chunks)]).astype(np.int32)
+    return {
+        "qkv": torch.randn(int(starts[-1]), 3 * heads * head_size).bfloat16(),
+        "cache": cache,
+        "tables": tables,
+        "positions": np.concatenate(positions),
+        "slots": np.concatenate(slots),
+        "starts": starts,
+        "lengths": np.array([context + tokens for context, tokens in chunks], np.int32),
+        "kernel": NativeAttention(heads, head_size, size, cache_dtype, torch.bfloat16),
+    }
+
+
+def attend_chunks(s: dict[str, Any]) -> torch.Tensor:
+    kernel: NativeAttention = s["kernel"]
+    plan = kernel.plan(s["cache"].shape[1], s["slots"], s["starts"], s["lengths"], s["tables"], 0)
+    assert (
+        plan.chunks.shape[1] == (np.diff(s["starts"]) > native_attention.MOST_QUERIES).sum() and not plan.prefill_rows
+    )
+    kernel.write(plan, s["qkv"], s["cache"], k_scale=0.5, v_scale=2.0)
+    return kernel.attend(plan, s["qkv"], s["cache"], 0.3, k_scale=0.5, v_scale=2.0)
+
+
+CHUNKS = [(0, 17), (5, 1), (64, 100), (31, 33), (0, 64), (15, 18), (200, 23)]
+
+
+@needs_bf16
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("head_size", [64, 192])
+def test_chunks_attend_to_what_is_before_them(head_size: int, cache_dtype: torch.dtype, threads: int) -> None:
+    step = chunks_step(head_size, cache_dtype, CHUNKS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = attend_chunks(step)
+    finally:
+        torch.set_num_threads(before)
+    expected = reference.paged_attention(
+        step["qkv"].double(),
+        step["cache"].double(),
+        torch.from_numpy(step["tables"]),
+        torch.from_numpy(step["positions"]),
+        step["starts"].tolist(),
+        step["lengths"].tolist(),
+        0,
+        scale=0.3,
+        k_scale=0.5,
+        v_scale=2.0,
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
+
+
+@needs_bf16
+def test_a_chunk_has_the_same_bits_alone_and_among_others() -> None:
+    step = chunks_step(64, torch.bfloat16, CHUNKS)
+    together = attend_chunks(step)
+    for row, (start, end) in enumerate(itertools.pairwise(step["starts"].tolist())):
+        alone = step | {
+            "qkv": step["qkv"][start:end],
+            "slots": step["slots"][start:end],
+            "starts": np.array([0, end - start], np.int32),
+            "lengths": step["lengths"][row : row + 1],
+            "tables": step["tables"][row : row + 1],
+        }
+        assert torch.equal(attend_chunks(alone), together[start:end])

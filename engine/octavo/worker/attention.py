@@ -32,8 +32,9 @@ class Attention(Protocol):
 class CpuAttention:
     """By the C kernels, where the machine has a compiler; else by torch's operators."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, hidden_dtype: torch.dtype) -> None:
         self._spec = spec
+        self._hidden_dtype = hidden_dtype
         self._kernel: PagedAttention | NativeAttention | None = None  # made at the first step, for the cache it has
 
     @property
@@ -55,9 +56,10 @@ class CpuAttention:
 
     def _kernel_for(self, kv_cache: KVCache) -> PagedAttention | NativeAttention:
         spec = self._spec
-        native = native_attention.supports(kv_cache.dtype, spec.head_size)
-        kind = NativeAttention if native else PagedAttention
-        return kind(spec.n_head, spec.head_size, kv_cache.block_size, kv_cache.dtype)
+        shape = (spec.n_head, spec.head_size, kv_cache.block_size, kv_cache.dtype)
+        if native_attention.supports(kv_cache.dtype, spec.head_size):
+            return NativeAttention(*shape, self._hidden_dtype)
+        return PagedAttention(*shape)
 
     def run(self, plan: Any, qkv: Tensor, layer_cache: Tensor, scale: float, kv_scales: KVScales) -> Tensor:
         assert self._kernel is not None
@@ -103,5 +105,5 @@ class TorchAttention:
         )
 
 
-def attention_for(spec: ModelSpec, device: torch.device) -> Attention:
-    return CpuAttention(spec) if device.type == "cpu" else TorchAttention(spec)
+def attention_for(spec: ModelSpec, device: torch.device, hidden_dtype: torch.dtype) -> Attention:
+    return CpuAttention(spec, hidden_dtype) if device.type == "cpu" else TorchAttention(spec)

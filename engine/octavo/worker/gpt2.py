@@ -94,7 +94,7 @@ class GPT2:
         self.hidden_dtype = cpu_linear.activation_dtype(self.linear_kind, dtype)
         """Type of the residual stream and of the logits."""
         self._cache_dtype = cache_dtype or dtype
-        self.attention = attention_for(spec, device)
+        self.attention = attention_for(spec, device, self.hidden_dtype)
         self._wte = weights.pop("wte.weight").to(device)  # [vocab_size, E]
         self._wpe = weights.pop("wpe.weight").to(device, self.hidden_dtype)  # [n_positions, E]
         self._blocks = [self._block(weights, layer) for layer in range(spec.n_layer)]

@@ -8,8 +8,8 @@ context, beside `attention.PagedAttention`, which gathers and widens first:
     this file, bf16              0.18     1.6     5.9     27.6
     this file, fp8               0.23     1.9     6.7     32.3
 
-Chunks of more than MOST_QUERIES tokens stay with flash attention. A single query's result has the same bits in any
-batch.
+Chunks of more than MOST_QUERIES tokens are computed in bf16 products where there are such (`native/chunks.c`), else by
+torch's flash attention. A single query's result has the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo_kernels.checks import FP8
 from octavo_kernels.cpu import native
 from octavo_kernels.cpu.attention import Int32s, Int64s, PagedAttention, PrefillRow
 
 MOST_QUERIES: Final = 16
 """Of a chunk whose tokens attend one by one."""
 LANES: Final = 16
+TILE: Final = 64
+"""Tokens, or dimensions, of a tile of a chunk's products."""
 
 
 def supports(cache_dtype: torch.dtype, head_size: int) -> bool:
@@ -53,16 +56,33 @@ class NativePlan:
     scores: Tensor
     """fp32 [threads, H, at least the greatest length], for the kernel."""
     prefill_rows: list[PrefillRow]
+    """Chunks that are left to flash attention."""
+    chunks: Int32s
+    """[4, C] others: first token and end in the batch, tokens of the sequence with the chunk, row of `tables`."""
+    scratch: Tensor
+    """uint8 [threads, bytes] for the kernel."""
+    num_threads: int
+    """For which there is room."""
     slots_for_c: tuple[int, int]
     """slot_mapping as octavo_write takes it: where it is, how many."""
     queries_for_c: tuple[int, ...]
     """tokens, rows, lengths, how many, tables, their width: as octavo_attend takes them."""
+    chunks_for_c: tuple[int, ...]
+    """chunks, how many, tables, their width, scratch, the width that it is for: as octavo_attend_chunks takes them."""
 
 
 class NativeAttention:
     """What PagedAttention does, over the same cache of [2, N, H, S, D] per layer."""
 
-    def __init__(self, num_heads: int, head_size: int, block_size: int, cache_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        block_size: int,
+        cache_dtype: torch.dtype,
+        qkv_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """qkv_dtype: bf16 queries are needed for chunks in bf16 products; any others take other ways."""
         assert block_size % LANES == 0  # scores of a block are written in whole vectors
         self.num_heads = num_heads
         self.head_size = head_size
@@ -70,6 +90,9 @@ class NativeAttention:
         self.cache_dtype = cache_dtype
         self._flash = PagedAttention(num_heads, head_size, block_size, cache_dtype)
         self._scores = torch.empty(0, num_heads, 0)
+        self._scratch = torch.empty(0, 0, dtype=torch.uint8)
+        has_products = bool(native.loaded().octavo_has_linear()) and head_size % TILE == 0
+        self._takes_chunks = has_products and qkv_dtype == torch.bfloat16 and cache_dtype in (torch.bfloat16, FP8)
 
     def plan(
         self,
@@ -98,6 +121,11 @@ class NativeAttention:
         slot_mapping = np.ascontiguousarray(slot_mapping, np.int64)
         tables = np.ascontiguousarray(block_tables, np.int32)
         places = [array.ctypes.data for array in (tokens, rows, lengths)]
+        long = np.flatnonzero(~single)
+        starts, ends, totals = query_start_loc[long], query_start_loc[long + 1], seq_lens[long]
+        chunks = np.array([starts, ends, totals, long] if self._takes_chunks else np.empty((4, 0)), np.int32)
+        width = -(-int(chunks[2].max(initial=0)) // TILE) * TILE
+        scratch = self._room_for_chunks(width)
         return NativePlan(
             num_blocks,
             slot_mapping,
@@ -106,15 +134,32 @@ class NativeAttention:
             lengths,
             tables,
             self._room(int(lengths.max(initial=0))),
-            [
-                self._flash.prefill_row(
-                    num_blocks, int(query_start_loc[r]), int(query_start_loc[r + 1]), int(seq_lens[r]), block_tables[r]
-                )
-                for r in np.flatnonzero(~single).tolist()
-            ],
+            [] if self._takes_chunks else self._flash_rows(num_blocks, long, query_start_loc, seq_lens, block_tables),
+            chunks,
+            scratch,
+            torch.get_num_threads(),
             (slot_mapping.ctypes.data, len(slot_mapping)),
             (*places, len(tokens), tables.ctypes.data, tables.shape[1]),
+            (
+                *(line.ctypes.data for line in chunks),
+                *(chunks.shape[1], tables.ctypes.data, tables.shape[1], scratch.data_ptr(), width),
+            ),
         )
+
+    def _flash_rows(
+        self, num_blocks: int, rows: Int64s, query_start_loc: Int32s, seq_lens: Int32s, block_tables: Int32s
+    ) -> list[PrefillRow]:
+        starts, ends = query_start_loc[rows].tolist(), query_start_loc[rows + 1].tolist()
+        return [
+            self._flash.prefill_row(num_blocks, start, end, total, block_tables[row])
+            for row, start, end, total in zip(rows.tolist(), starts, ends, seq_lens[rows].tolist(), strict=True)
+        ]
+
+    def _room_for_chunks(self, width: int) -> Tensor:
+        threads, size = torch.get_num_threads(), native.loaded().octavo_scratch_bytes(width, self.head_size)
+        if width and (self._scratch.shape[0] < threads or self._scratch.shape[1] < size):
+            self._scratch = torch.empty(threads, size, dtype=torch.uint8)
+        return self._scratch
 
     def _room(self, length: int) -> Tensor:
         threads, width = torch.get_num_threads(), -(-length // LANES) * LANES
@@ -158,11 +203,14 @@ class NativeAttention:
         k_scale: float = 1.0,
         v_scale: float = 1.0,
     ) -> Tensor:
-        """`reference.paged_attention`, after `write`. Any float type; everything inside is fp32."""
+        """`reference.paged_attention`, after `write`. Any float type; everything inside is fp32 but for chunks in bf16
+        products."""
         self._check(plan, qkv, layer_cache)
         output = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_size)
         if len(plan.tokens):
             self._attend_singly(plan, qkv, layer_cache, scale * k_scale, v_scale, output)
+        if plan.chunks.size:
+            self._attend_chunks(plan, qkv, layer_cache, scale * k_scale, v_scale, output)
         for row in plan.prefill_rows:
             lines = self._flash.as_stored(qkv[row.start : row.end], k_scale, v_scale)
             own = output[row.start : row.end]
@@ -184,5 +232,19 @@ class NativeAttention:
             v_scale,
             plan.scores.data_ptr(),
             plan.scores.shape[2],
-            min(torch.get_num_threads(), plan.scores.shape[0]),
+            min(torch.get_num_threads(), plan.num_threads),
+        )
+
+    def _attend_chunks(
+        self, plan: NativePlan, qkv: Tensor, layer_cache: Tensor, scale: float, v_scale: float, output: Tensor
+    ) -> None:
+        assert qkv.dtype == torch.bfloat16
+        native.loaded().octavo_attend_chunks(
+            output.data_ptr(),
+            qkv.data_ptr(),
+            *self._described(plan, layer_cache),
+            *plan.chunks_for_c,
+            scale,
+            v_scale,
+            min(torch.get_num_threads(), plan.num_threads),
         )

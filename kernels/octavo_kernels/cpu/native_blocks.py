@@ -1,4 +1,4 @@
-"""All layers of a step in one call of C, for steps whose tokens attend one by one.
+"""All layers of a step in one call of C, where all their parts are C's.
 
 Layer by layer, Python and the beginning and end of threads around each of 8 parts take about 0.1 ms a layer, more than
 the products of one row do: what Python needs is no longer in the processor's caches after so many weights. Measured by
@@ -64,6 +64,13 @@ class _Queries(ctypes.Structure):
     ]
 
 
+class _Chunks(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("starts", "ends", "lengths", "rows")),
+        *(("count", _L), ("tables", _P), ("table_width", _L), ("scratch", _P), ("width", _L)),
+    ]
+
+
 class _Step(ctypes.Structure):
     """`struct step` of blocks.c."""
 
@@ -71,7 +78,7 @@ class _Step(ctypes.Structure):
         *(("blocks", _P), ("num_layers", _L), ("eps", _F)),
         *((name, _P) for name in ("hidden", "narrow", "wide", "inner")),
         *(("num_tokens", _L), ("cache", _Cache), ("layer_bytes", _L), ("slots", _P), ("queries", _Queries)),
-        *(("scores", _P), ("scores_width", _L), ("num_computed", _P), ("num_threads", _I)),
+        *(("scores", _P), ("scores_width", _L), ("chunks", _Chunks), ("num_computed", _P), ("num_threads", _I)),
     ]
 
 
@@ -110,7 +117,7 @@ class NativeBlocks:
         layers, _, num_blocks, heads, block_size, head_size = cache.shape
         slots, num_slots = plan.slots_for_c
         assert hidden.dtype == torch.bfloat16 and hidden.is_contiguous() and cache.is_contiguous()
-        assert layers == len(self._blocks) and width == heads * head_size and tokens == num_slots == len(plan.tokens)
+        assert layers == len(self._blocks) and width == heads * head_size and tokens == num_slots
         assert num_blocks == plan.num_blocks and self.computes(plan)
         narrow, wide, inner = (hidden.new_empty(tokens, size) for size in (width, 3 * width, self._inner_size))
         step = _Step(
@@ -122,8 +129,9 @@ class NativeBlocks:
             slots,
             _Queries(*plan.queries_for_c),
             *(plan.scores.data_ptr(), plan.scores.shape[2]),
+            _Chunks(*plan.chunks_for_c),
             ctypes.addressof(self._num_computed),
-            min(torch.get_num_threads(), plan.scores.shape[0]),
+            min(torch.get_num_threads(), plan.num_threads),
         )
         native.loaded().octavo_blocks(ctypes.addressof(step))
         return hidden

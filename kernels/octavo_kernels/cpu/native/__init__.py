@@ -42,6 +42,8 @@ SIGNATURES: Final[dict[str, list[type]]] = {
     "octavo_use_threads": [_P, _P, _P],
     "octavo_bind": [_P, _I, _L, _I],
     "octavo_attend": [_P, _P, _I, _P, _I, _L, _I, _I, _I, _P, _P, _P, _L, _P, _L, _F, _F, _P, _L, _I],
+    "octavo_scratch_bytes": [_L, _L],
+    "octavo_attend_chunks": [_P, _P, _P, _I, _L, _I, _I, _I, _P, _P, _P, _P, _L, _P, _L, _P, _L, _F, _F, _I],
     "octavo_write": [_P, _I, _P, _I, _L, _I, _I, _I, _P, _L, _F, _F, _I],
     "octavo_has_linear": [],
     "octavo_packed_size": [_L, _L],
@@ -134,6 +136,7 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.octavo_bind.restype = _I
     loaded.octavo_has_linear.restype = _I
     loaded.octavo_packed_size.restype = _L
+    loaded.octavo_scratch_bytes.restype = _L
     loaded.octavo_use_threads(*_threads())
     return loaded
 

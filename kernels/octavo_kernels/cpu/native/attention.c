@@ -4,11 +4,6 @@
 #include "floats.h"
 #include "threads.h"
 
-INLINE char *piece(const struct cache *c, int values, int64_t block, int head) {
-    int64_t line = ((values * c->num_blocks + block) * c->heads + head) * c->block_size;
-    return c->data + line * c->head_size * size_of(c->type);
-}
-
 /* Two vectors of a head's numbers. Of bf16 the even and the odd ones, which takes no shuffle; else one after the other:
    queries are brought into the same order, outputs out of it. */
 INLINE void load_pair(vec pair[2], const char *from, int type) {

@@ -1,7 +1,7 @@
 #ifndef OCTAVO_ATTENTION_H
 #define OCTAVO_ATTENTION_H
 
-#include <stdint.h>
+#include "floats.h"
 
 /* Of a layer: [2, num_blocks, heads, block_size, head_size]. */
 struct cache {
@@ -10,6 +10,11 @@ struct cache {
     int64_t num_blocks;
     int heads, block_size, head_size;
 };
+
+INLINE char *piece(const struct cache *c, int values, int64_t block, int head) {
+    int64_t line = ((values * c->num_blocks + block) * c->heads + head) * c->block_size;
+    return c->data + line * c->head_size * size_of(c->type);
+}
 
 /* Keys over k_scale and values over v_scale, of qkv [T, 3 * heads * head_size], go to the slots (block * block_size +
    offset) of slots [T]. */

@@ -1,6 +1,7 @@
-/* All layers of GPT-2 for tokens that attend one by one, in one section of threads, which meet after each of its parts:
-   no way back to Python, no beginning and end of threads between them. Numbers are those of the single functions. */
+/* All layers of GPT-2 in one section of threads, which meet after each of its parts: no way back to Python, no
+   beginning and end of threads between them. Numbers are those of the single functions. */
 #include "attention.h"
+#include "chunks.h"
 #include "floats.h"
 #include "linear.h"
 #include "norm.h"
@@ -28,6 +29,7 @@ struct step {
     struct queries queries;
     float *scores;
     int64_t scores_width;
+    struct chunks chunks;
     int64_t *num_computed;
     int num_threads;
 };
@@ -37,6 +39,7 @@ struct parts {
     struct product qkv;
     struct writing write;
     struct attention attend;
+    struct chunk_attention attend_chunks;
     struct product attention_out;
     struct norm norm_2;
     struct product mlp_in, mlp_out;
@@ -69,6 +72,7 @@ static struct parts parts_of(const struct step *s, int64_t layer) {
         .write = {cache, wide, BF16, s->slots, s->num_tokens, b->k_scale, b->v_scale, 0},
         .attend = {cache, narrow, wide, BF16, s->queries, b->scale, b->v_scale, s->scores, s->scores_width, parts, 0,
                    0},
+        .attend_chunks = {cache, s->narrow, s->wide, s->chunks, b->scale, b->v_scale, 0, 0},
         .attention_out = product_of(s, &b->attention_out, s->hidden, s->narrow, s->hidden),
         .norm_2 = norm_of(s, b->norm_2_weight, b->norm_2_bias, width),
         .mlp_in = product_of(s, &b->mlp_in, s->inner, s->narrow, 0),
@@ -84,7 +88,8 @@ static void compute(void *data) {
         DO(normalize_rows, &p->norm_1);
         DO(multiply_strips, &p->qkv);
         DO(write_tokens, &p->write);
-        DO(attend_pieces, &p->attend);
+        attend_pieces(&p->attend);
+        DO(attend_chunks, &p->attend_chunks);
         DO(multiply_strips, &p->attention_out);
         DO(normalize_rows, &p->norm_2);
         DO(multiply_strips, &p->mlp_in);

@@ -12,6 +12,13 @@
 #error "halves of numbers are taken apart as little-endian machines have them"
 #endif
 
+/* Products of bf16. Clang 16 crashes over a number for all lanes that is taken as bf16. */
+#if defined(__AVX512BF16__) && !(defined(__clang__) && __clang_major__ < 17)
+#define HAS_BF16 1
+#else
+#define HAS_BF16 0
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 
@@ -111,6 +118,11 @@ INLINE void store(void *to, vec x, int type) {
         memcpy(to, &y, sizeof y);
     }
 }
+
+#if HAS_BF16
+/* As `store`, but what is below the normal numbers becomes 0. */
+INLINE void store_bf16(uint16_t *to, vec x) { _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#endif
 
 /* The first `count` of 16 lanes; the others are 0. */
 INLINE vec load_part(const void *from, int count, int type) {

@@ -9,14 +9,7 @@
 #define VECTORS 3 /* of outputs in a strip; with 8 rows they fill 24 of 32 registers */
 #define STRIP (VECTORS * LANES)
 
-/* Clang 16 crashes over a number for all lanes that is taken as bf16. */
-#if defined(__AVX512BF16__) && !(defined(__clang__) && __clang_major__ < 17)
-#define HAS_LINEAR 1
-#else
-#define HAS_LINEAR 0
-#endif
-
-int octavo_has_linear(void) { return HAS_LINEAR; }
+int octavo_has_linear(void) { return HAS_BF16; }
 
 int64_t octavo_packed_size(int64_t outputs, int64_t inputs) { return (outputs + STRIP - 1) / STRIP * STRIP * inputs; }
 
@@ -29,7 +22,7 @@ void octavo_pack(uint16_t *to, const uint16_t *weight, int64_t outputs, int64_t 
     }
 }
 
-#if HAS_LINEAR
+#if HAS_BF16
 
 /* x / (1 + 2^t), t = -2 * log2(e) * sqrt(2 / pi) * (x + 0.044715 * x^3), within 1e-4: bf16 keeps 8 bits of it. */
 INLINE vec gelu_tanh(vec x) {
@@ -43,8 +36,6 @@ INLINE vec gelu_tanh(vec x) {
     vec inverse = (vec)_mm512_rcp14_ps((__m512)divisor);
     return x * inverse * (2.0f - divisor * inverse);
 }
-
-INLINE void store_bf16(uint16_t *to, vec x) { _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
 
 /* Bias, activation, residual of 16 outputs of a row; of the first `count` only, at the end. */
 INLINE void finish(uint16_t *to, vec x, const struct layer *l, int64_t output, const uint16_t *residual, int count) {
