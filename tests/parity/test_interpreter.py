@@ -176,13 +176,6 @@ def test_the_device_path_gives_the_tokens_of_the_cpu_path_for_every_processor_an
     assert answers_of("interpreter", path, cases)[0] == answers_of("cpu", path, cases)[0]
 
 
-def test_a_runner_that_checks_no_drafts_takes_the_parameter_for_a_hint(path, cases, expected):
-    hinted = [dataclasses.replace(case, params=case.params | {"prompt_lookup_num_tokens": 4}) for case in cases[:2]]
-    answers, load = answers_of("interpreter", path, hinted)
-    assert answers == expected[:2]
-    assert load.drafted_tokens == 0
-
-
 def test_the_expected_tokens_are_not_all_alike(expected):
     tokens = [token for answer in expected for ids in answer.token_ids for token in ids]
     assert len(np.unique(tokens)) > 9

@@ -61,8 +61,8 @@ class Scheduler:
         needs_host: NeedsHost = lambda params, logprobs: False,
         drafts: DraftLimits | None = None,
     ) -> None:
-        """`needs_host`: whose tokens the worker's host chooses. `drafts`: which the worker can check; None:
-        any."""
+        """`needs_host`: whose tokens the worker's host chooses. `drafts`: which the worker checks, by
+        default any."""
         if config.max_num_batched_tokens < config.max_num_requests:
             raise ValueError(
                 f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least max_num_requests "
