@@ -257,9 +257,9 @@ def test_dependent_launch_is_of_every_kernel_of_a_step(path, monkeypatch):
         if name.startswith("octavo_kernels.") and hasattr(module, "launch_options"):
             monkeypatch.setattr(module, "launch_options", recorded(name.removeprefix("octavo_kernels.")))
     monkeypatch.setattr(model_loader, "uses_dependent_launch", lambda config, device: True)
-    params = {"do_sample": False, "no_repeat_ngram_size": 2}
-    answers_of("interpreter", path, [Case([1, 2, 3, 4], seed=0, num_sequences=1, max_new_tokens=2, params=params)])
-    families = "embed history inputs kv_write linear norm paged_attention prefill_attention sampling"
+    params = {"do_sample": False, "no_repeat_ngram_size": 9, "prompt_lookup_num_tokens": 1}
+    answers_of("interpreter", path, [Case([1, 1, 1, 1], seed=0, num_sequences=1, max_new_tokens=3, params=params)])
+    families = "embed history inputs kv_write linear norm paged_attention prefill_attention sampling verify_attention"
     assert asked == {family: {True} for family in families.split()}
 
 
