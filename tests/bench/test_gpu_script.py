@@ -29,11 +29,11 @@ def run(*arguments: str, out: Path, **environment: str) -> subprocess.CompletedP
 def test_dry_run_of_every_part(tmp_path: Path) -> None:
     done = run("--dry", out=tmp_path)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert done.stdout.count("\n== ") + done.stdout.startswith("== ") == 22, (
-        "eleven parts, each with a beginning and a time"
+    assert done.stdout.count("\n== ") + done.stdout.startswith("== ") == 24, (
+        "twelve parts, each with a beginning and a time"
     )
     written = {path.stem for path in tmp_path.iterdir()}
-    assert written == {"step", "dependent_launch", "offline", "serve", "prefix", "quality", "kernels"}
+    assert written == {"step", "dependent_launch", "offline", "serve", "prefix", "speculation", "quality", "kernels"}
 
 
 def test_a_wrong_part_is_named_and_nothing_runs_without_a_gpu(tmp_path: Path) -> None:

@@ -137,3 +137,26 @@ def test_a_row_that_fails_behind_a_right_draft_has_sent_the_tokens_before(path: 
     assert found == expected
     assert (found[0].token_ids, found[0].finish) == ([41, 70, 14, 70, 14], Reason.NON_FINITE_SCORES)
     assert after.steps == before.steps and after.drafted_tokens == 4, "the one right token of a draft was the first"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "eager"])
+def test_a_gpu_gives_the_greedy_tokens_of_the_cpu_path_with_drafts(path: Path, cuda_graphs: bool) -> None:
+    asked = [case(i, GREEDY, max_new_tokens=20) for i in range(8)]
+    expected, _ = run("cpu", path, asked, [{}] * 8)
+    found, load = run("cuda", path, asked, [LOOKUP] * 8, cuda_graphs=cuda_graphs)
+    assert {key: heard.token_ids for key, heard in found.items()} == {
+        key: heard.token_ids for key, heard in expected.items()
+    }
+    assert load.accepted_tokens > 10
+
+
+@pytest.mark.gpu
+def test_drafts_change_no_seeded_token_on_a_gpu(path: Path) -> None:
+    asked = [*cases(), *(case(i, SAMPLED, max_new_tokens=20) for i in range(4))]
+    plain, _ = run("cuda", path, asked, [{}] * len(asked))
+    found, load = run("cuda", path, asked, [LOOKUP] * len(asked))
+    assert {key: heard.token_ids for key, heard in found.items()} == {
+        key: heard.token_ids for key, heard in plain.items()
+    }
+    assert load.accepted_tokens > 10

@@ -45,13 +45,12 @@ def decode_buckets(max_rows: int) -> list[int]:
 
 
 def graph_shapes(max_rows: int, max_tokens: int, *, shared: bool = False) -> Iterator[StepShape]:
-    """Worth capturing, the most useful first: decode steps, then mixed ones, then those with drafts, each largest
-    first. shared: also steps in which rows share splits of their context, those without history or drafts."""
+    """Worth capturing, the most useful first: decode steps, then mixed ones, each largest first; then those with
+    drafts. shared: also steps in which rows share splits of their context, those without history or drafts."""
     plain = [*_decode_shapes(max_rows), *_mixed_shapes(max_rows, max_tokens)]
-    drafts = list(_draft_shapes(max_rows))
-    yield from plain
-    yield from drafts
-    yield from (replace(shape, history=True) for shape in plain + drafts)
+    for shapes in (plain, list(_draft_shapes(max_rows))):
+        yield from shapes
+        yield from (replace(shape, history=True) for shape in shapes)
     if shared:
         yield from (replace(shape, shared=True) for shape in plain if shape.decode_rows >= LEAST_SHARED_ROWS)
 
