@@ -101,16 +101,18 @@ def test_an_fp8_cache_gives_the_logits_of_the_cpu_path():
     expected_model = GPT2(spec, dict(weights), device=CPU, dtype=torch.float32, cache_dtype=FP8)
     model = TritonGPT2(spec, dict(weights), device=device, dtype=torch.float32, cache_dtype=FP8)
     unscaled = GPT2(spec, dict(weights), device=CPU, dtype=torch.float32)
-    model.reserve(4)
+    model.reserve(4, 1)
     caches = [KVCache(spec, 8, BLOCK_SIZE, dtype=dtype, device=where) for dtype, where in ((FP8, CPU), (FP8, device))]
     exact = KVCache(spec, 8, BLOCK_SIZE, dtype=torch.float32, device=CPU)
     tokens = torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(1))
     tables = [np.array([3, 1, 4], np.int32), np.array([6, 5, 2], np.int32)]
-    for step in ([(0, 0, 20)], [(0, 20, 21), (1, 0, 17)], [(1, 17, 18), (0, 21, 33)]):
+    steps = ([(0, 0, 20)], [(0, 20, 21), (1, 0, 17)], [(1, 17, 18), (0, 21, 33)], [(1, 18, 19), (0, 33, 40)])
+    for step, drafts in zip(steps, (0, 0, 0, 1), strict=True):
         rows = [(tokens[start:end], start, tables[i]) for i, start, end in step]
         batch = make_batch(rows, BLOCK_SIZE)
         expected = expected_model.logits(expected_model.forward(batch, caches[0]))
-        found = model.logits(model.forward(on_kernels(make_batch(rows, BLOCK_SIZE, device)), caches[1])).cpu()
+        moved = on_kernels(make_batch(rows, BLOCK_SIZE, device), drafts)
+        found = model.logits(model.forward(moved, caches[1])).cpu()
         truth = unscaled.logits(unscaled.forward(batch, exact))
         assert (found - expected).abs().mean() < 1e-3, "a number between two of fp8 may go either way"
         assert (expected - truth).abs().mean() < 0.05 * truth.std()
