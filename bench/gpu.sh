@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3 bash bench/gpu.sh                 all parts, most important first; what the time is too short for is named
 #   PYTHON=python3 bash bench/gpu.sh step offline    some parts: tests model gpu-tests gate step dependent-launch offline
-#                                                    serve prefix quality ceilings kernels
+#                                                    serve prefix speculation quality ceilings kernels
 #   bash bench/gpu.sh --dry                          every part's command without a GPU, on tiny shapes: times are invented
 #
 # Runs on after a failure; the exit status is 1 if anything failed or was left out, 2 without a GPU. Needs a Python with a
@@ -22,7 +22,7 @@ if [ "${1:-}" = --dry ]; then
 fi
 OUT="${OUT:-bench/results}"
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests model gpu-tests gate step dependent-launch offline serve prefix quality ceilings kernels)
+[ ${#parts[@]} -gt 0 ] || parts=(tests model gpu-tests gate step dependent-launch offline serve prefix speculation quality ceilings kernels)
 export PYTHON PYTHONPATH="engine:kernels:proto:tests${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$OUT"
 failed=0
@@ -57,7 +57,7 @@ ceilings_dry() {
 export -f kernel_tests ceilings_dry
 
 run_part() {
-  local collect=() gate=() step=() dependent=() load=() offline=() serve=() prefix=() quality=() kernels=()
+  local collect=() gate=() step=() dependent=() load=() offline=() serve=() prefix=() speculation=() quality=() kernels=()
   local ceilings=("$PYTHON" bench/roofline.py)
   if [ $dry = 1 ]; then
     collect=(--collect-only)
@@ -68,6 +68,7 @@ run_part() {
     offline=(--scale 0.004 --workloads single,19/58 --contenders octavo)
     serve=(--concurrency 2 --rounds 1 --workloads 11/64)
     prefix=(--device cpu --dtype float32 --shape tiny --shared 64 --own 8 --new 4 --requests 4 --repeats 1 --threads 1)
+    speculation=(--device cpu --shape tiny --batch 1 --rounds 1 --new-tokens 8 --threads 1)
     quality=(--windows 1 --prompt 8)
     kernels=(norm --interpret)
     ceilings=(bash +o pipefail -c 'ceilings_dry "$@"' ceilings)
@@ -87,6 +88,8 @@ run_part() {
     serve) part 90 "over gRPC" "$PYTHON" bench/serve.py --contenders octavo,octavo-stream,octavo-session \
       --workloads 11/64,128/128 --rounds 4 --cell-seconds 5 --out "$OUT/serve.jsonl" "${load[@]}" "${serve[@]}" ;;
     prefix) part 60 "prefix cache" "$PYTHON" bench/prefix.py --out "$OUT/prefix.jsonl" "${prefix[@]}" ;;
+    speculation) part 90 "prompt lookup, with and without" "$PYTHON" bench/speculation.py --device cuda --shape gpt2-large \
+      --batch 1 8 --rounds 3 --out "$OUT/speculation.jsonl" "${speculation[@]}" ;;
     quality) part 40 "fp8 cache: perplexity, greedy tokens" "$PYTHON" bench/quality.py --a kv_cache_dtype=auto \
       --b kv_cache_dtype=fp8 --window 64 --new 32 --out "$OUT/quality.jsonl" "${quality[@]}" ;;
     ceilings) part 40 "ceilings" "${ceilings[@]}" --out "$OUT/roofline.jsonl" ;;

@@ -1,13 +1,15 @@
 """What speculation by prompt lookup gains: the same requests with and without drafts, in turns.
 
-    python bench/speculation.py [--batch 1 4 8] [--rounds 5] [--new-tokens 96] [--drafts 8] [--shape demo] [--out FILE]
+    python bench/speculation.py [--device cpu] [--dtype float32] [--shape demo] [--batch 1 4 8] [--rounds 5]
+                                [--new-tokens 96] [--drafts 8] [--out FILE]
 
-The whole engine core runs, in fp32 on the CPU. `repetitive` continues a passage that its prompt says three times,
-greedily, as one quotes, edits or fills in tables; `sampled` draws from the 50 most likely tokens behind a passage that
-is said once, where hardly any draft is right. A turn answers one batch from the first step to the last token; prompts
-come from the prefix cache. With and without take turns (A B, B A, ...), and have to give the same tokens. A ratio is
-the median over the rounds, beside the least and the most. Other shapes than `demo` have random weights: what they
-write tells what a step costs, not how often real text repeats itself.
+The whole engine core runs, in fp32 on the CPU and in bf16 on CUDA. `repetitive` continues a passage that its prompt
+says three times, greedily, as one quotes, edits or fills in tables; `sampled` draws from the 50 most likely tokens
+behind a passage that is said once, where hardly any draft is right. A turn answers one batch from the first step to
+the last token; prompts come from the prefix cache. With and without take turns (A B, B A, ...), and have to give the
+same tokens; in bf16, where sums depend on how many rows a step has, it is said of how many requests they are the
+same. A ratio is the median over the rounds, beside the least and the most. Other shapes than `demo` have random
+weights: what they write tells what a step costs, not how often real text repeats itself.
 """
 
 from __future__ import annotations
@@ -71,21 +73,25 @@ class Result:
     """Of one request, with drafts."""
     acceptance: float
     """Part of the drafted tokens that were right."""
+    same: float
+    """Part of the requests with the same tokens in all turns."""
 
 
 class Bench:
     """An engine core that stays warm."""
 
-    def __init__(self, path: Path, batch: int, new_tokens: int, threads: int) -> None:
+    def __init__(self, path: Path, batch: int, new_tokens: int, model: dict[str, Any]) -> None:
+        """model: fields of ModelConfig."""
         self._core = EngineCore(
             EngineConfig(
-                model=ModelConfig(path=str(path), name="bench", device="cpu", dtype="float32", num_threads=threads),
+                model=ModelConfig(path=str(path), name="bench", **model),
                 cache=CacheConfig(block_size=16, num_blocks=20 * batch * -(-(4 * PASSAGE + new_tokens) // 16)),
                 scheduler=SchedulerConfig(max_num_requests=batch, max_queue_time=3600.0),
             )
         )
+        self.info = self._core.info
         self._new_tokens = new_tokens
-        self._passages = passages(path, self._core.info.vocab_size)
+        self._passages = passages(path, self.info.vocab_size)
 
     def turn(self, kind: str, batch: int, drafts: int) -> Turn:
         times, fields = KINDS[kind]
@@ -140,8 +146,10 @@ def measure(bench: Bench, kind: str, batch: int, drafts: int, rounds: int) -> Re
     for i in range(rounds):
         for count in (0, drafts) if i % 2 == 0 else (drafts, 0):
             turns[count].append(bench.turn(kind, batch, count))
-    assert all(turn.token_ids == turns[0][0].token_ids for turn in turns[0] + turns[drafts]), "other tokens"
-    num_tokens = sum(map(len, turns[0][0].token_ids.values()))
+    tokens = turns[0][0].token_ids
+    same = [key for key in tokens if all(turn.token_ids[key] == tokens[key] for turn in turns[0] + turns[drafts])]
+    assert len(same) == batch or bench.info.dtype != "float32", "other tokens"
+    num_tokens = sum(map(len, tokens.values()))
     ratios = [one.seconds / other.seconds for one, other in zip(turns[0], turns[drafts], strict=True)]
     drafted = sum(turn.drafted for turn in turns[drafts])
     return Result(
@@ -154,21 +162,28 @@ def measure(bench: Bench, kind: str, batch: int, drafts: int, rounds: int) -> Re
         most=max(ratios),
         tokens_per_step=1 + turns[drafts][0].accepted / (num_tokens - turns[drafts][0].accepted),
         acceptance=sum(turn.accepted for turn in turns[drafts]) / drafted if drafted else 0.0,
+        same=len(same) / batch,
     )
 
 
 def table(results: list[Result]) -> str:
-    lines = [["text", "batch", "tokens/s without", "with", "ratio [least, most]", "tokens per row", "acceptance"]]
+    lines = [
+        ["text", "batch", "tokens/s without", "with", "ratio [least, most]", "tokens per row", "acceptance", "same"]
+    ]
     lines.append(["---"] * len(lines[0]))
     for r in results:
         speeds = [f"{r.plain_tokens_per_second:.0f}", f"{r.tokens_per_second:.0f}"]
         ratio = f"{r.ratio:.2f} [{r.least:.2f}, {r.most:.2f}]"
-        lines.append([r.kind, str(r.batch), *speeds, ratio, f"{r.tokens_per_step:.2f}", f"{r.acceptance:.0%}"])
+        lines.append(
+            [r.kind, str(r.batch), *speeds, ratio, f"{r.tokens_per_step:.2f}", f"{r.acceptance:.0%}", f"{r.same:.0%}"]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="by default float32, and bfloat16 on CUDA")
     parser.add_argument("--shape", choices=["demo", *SHAPES], default="demo", help="others: random weights")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--rounds", type=int, default=5)
@@ -181,12 +196,15 @@ def main() -> None:
         path = resolve("demo") if options.shape == "demo" else Path(folder) / options.shape
         if options.shape != "demo":
             make(path, options.shape)
-        bench = Bench(path, max(options.batch), options.new_tokens, options.threads)
+        options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+        model = {"device": options.device, "dtype": options.dtype, "num_threads": options.threads}
+        bench = Bench(path, max(options.batch), options.new_tokens, model)
         cells = [(kind, batch) for kind in KINDS for batch in options.batch]
         results = [measure(bench, kind, batch, options.drafts, options.rounds) for kind, batch in cells]
         bench.close()
     print(table(results))
     run = environment.describe() | {name: value for name, value in vars(options).items() if name != "out"}
+    run |= {"device": bench.info.device, "gpu": environment.gpu_state()}
     with options.out.open("a") as file:
         for record in ({"record": "run", **run}, *({"record": "speculation", **asdict(r)} for r in results)):
             print(json.dumps(record), file=file)

@@ -99,8 +99,8 @@ CONFIG: Final[dict[str, Entry]] = {
     ),
     # Without a change of the result
     "prompt_lookup_num_tokens": Supported(
-        "0 to 32; a hint: the tokens never depend on it, in transformers sampled ones do; not with beams; on a GPU "
-        "without effect yet"
+        "0 to 32; a hint: the tokens never depend on it, in transformers sampled ones do; not with beams; on a GPU at "
+        "most 15, and 0 where the host chooses the tokens (guidance, watermarks, structured outputs)"
     ),
     "max_matching_ngram_size": Supported("1 to 16, 2 by default: the longest n-gram that is looked up"),
     "token_healing": Supported(

@@ -296,6 +296,16 @@ class GenerateUpdate(msgspec.Struct, kw_only=True):
     timing: Timing | None = None
 
 
+class DraftLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Which drafts (prompt_lookup_num_tokens) an engine's worker checks in a step."""
+
+    max_rows: int = 256
+    """With a draft; 0: none."""
+    max_tokens_of_row: int = 256
+    beside_prompts: bool = True
+    """Whether in steps, too, in which rows compute parts of their prompts."""
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a loaded engine core; they stay the same while its process lives."""
 
@@ -320,8 +330,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: bool
     start_time: float
     """Seconds since the epoch."""
-    speculation: bool = True
-    """Whether it checks drafts (prompt_lookup_num_tokens); if not, it decodes without any."""
+    drafts: DraftLimits = DraftLimits()
     cpu_cores: str = ""
     """Cores that compute threads are bound to, as "0-3,8"; empty if they may run anywhere."""
 

@@ -36,6 +36,17 @@ class SamplerWorkspace:
     def max_rows(self) -> int:
         return self.scores.shape[0]
 
+    def narrow(self, rows: slice) -> SamplerWorkspace:
+        """Views of some of the rows."""
+        return SamplerWorkspace(
+            vocab_size=self.vocab_size,
+            scores=self.scores[rows],
+            banned=self.banned[rows],
+            interval=self.interval[rows],
+            candidate_values=self.candidate_values[rows],
+            candidate_ids=self.candidate_ids[rows],
+        )
+
     @staticmethod
     def allocate(max_rows: int, vocab_size: int, device: torch.device) -> SamplerWorkspace:
         """Zeroed. Raises ValueError naming the argument that is not positive."""

@@ -26,7 +26,7 @@ def run(*arguments: str, out: Path, **environment: str) -> subprocess.CompletedP
     )
 
 
-BENCHMARKS = ["step", "dependent-launch", "offline", "serve", "prefix", "quality", "kernels"]
+BENCHMARKS = ["step", "dependent-launch", "offline", "serve", "prefix", "speculation", "quality", "kernels"]
 OTHERS = ["tests", "model", "gpu-tests", "gate", "ceilings"]
 
 

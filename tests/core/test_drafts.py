@@ -11,7 +11,7 @@ from core.steps import Steps, request
 from octavo.core.drafts import MAX_DRAFT_TOKENS, Lookup
 from octavo.ipc import EngineCoreRequest
 from octavo.step import FurtherTokens, ModelRunnerOutput, SchedulerOutput
-from octavo.types import FinishReason, GenerationParams
+from octavo.types import DraftLimits, FinishReason, GenerationParams
 from transformers import LogitsProcessorList, NoBadWordsLogitsProcessor, SuppressTokensLogitsProcessor
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
@@ -143,12 +143,23 @@ def test_row_with_a_draft_comes_last_and_samples() -> None:
 
 def test_nothing_is_drafted_for_a_worker_that_cannot_check_it() -> None:
     steps = Loop()
-    steps.scheduler.drafts._enabled = False
+    steps.scheduler.drafts._limits = DraftLimits(max_rows=0)
     steps.add(lookup(1, LOOP))
     steps.step()
     plan = steps.plan()
     ahead = steps.plan()
     assert steps.rows(plan) == steps.rows(ahead) == {1: 1}, "it does not run ahead"
+
+
+def test_nothing_is_drafted_beyond_what_a_worker_checks_in_a_step() -> None:
+    steps = Loop()
+    steps.scheduler.drafts._limits = DraftLimits(max_rows=2, max_tokens_of_row=3, beside_prompts=False)
+    steps.add(*(lookup(key, LOOP, num=8) for key in range(1, 4)))
+    steps.step()
+    assert steps.step() == {3: 1, 1: 4, 2: 4}
+    steps.add(request(4, 6))
+    assert steps.step() == {1: 1, 2: 1, 3: 1, 4: 6}
+    assert steps.step() == {3: 1, 4: 1, 1: 4, 2: 4}
 
 
 def test_sequence_waits_for_what_is_in_flight_while_others_run_ahead() -> None:

@@ -282,6 +282,7 @@ class FakeRunner:
         request = slot.request
         require(draft, "an empty draft:", request.slot)
         require(num_beams(request) == 1, "a draft of a beam search:", request.slot)
+        require(not needs_host(request.params), "a draft of which the host would choose the tokens:", request.slot)
         ends = {*request.eos_token_ids, *request.stop_token_ids}
         require(not ends & set(draft), "a draft goes on behind an end:", request.slot, draft)
         require(len(draft) <= (request.params.prompt_lookup_num_tokens or 0), "a long draft:", request.slot, draft)

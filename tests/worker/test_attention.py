@@ -230,16 +230,18 @@ def test_the_cache_is_as_large_as_asked_and_never_larger_than_useful():
 def test_a_gpu_keeps_memory_for_the_largest_step_and_for_the_state_of_all_requests():
     large = ModelSpec(n_embd=1280, n_layer=36, n_head=20)
     state = SlotState.bytes_per_slot(1024, 32, 50257)
-    per_request = 50257 * 8 + 4 * 1280 * 4 + state + (32 << 10)
+    per_place = 50257 * 8 + 4 * 1280 * 4 + (32 << 10)
+    per_request, drafts = per_place + state, 256 * per_place
     scheduler = SchedulerConfig(max_num_requests=256, max_num_batched_tokens=2048)
     per_token = (7 * 1280 + 2 * 5120) * 2
     rows, padding = 256 + PADDING_ROWS, PADDING_ROWS
     graphs = 2  # they keep activations of their own
     found = step_memory(large, scheduler, 32, torch.bfloat16)
-    assert found == graphs * (2048 + rows) * per_token + rows * per_request
+    assert found == graphs * (2048 + rows) * per_token + rows * per_request + drafts
     short = SchedulerConfig(max_num_requests=2, max_num_batched_tokens=64)
     rows = 2 + padding
-    assert step_memory(large, short, 32, torch.bfloat16) == graphs * (64 + rows) * per_token + rows * per_request
+    expected = graphs * (64 + rows) * per_token + rows * per_request + drafts
+    assert step_memory(large, short, 32, torch.bfloat16) == expected
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused_with_the_size_it_needs():

@@ -41,8 +41,10 @@ def random_weights(spec: ModelSpec) -> dict[str, torch.Tensor]:
     return {name: weight + (name.endswith(("ln_1.weight", "ln_2.weight"))) for name, weight in weights.items()}
 
 
-def on_kernels(batch) -> DeviceBatch:
-    rows, starts = prefill_tiles(batch.query_start_loc_np, batch.num_decode_rows)
+def on_kernels(batch, num_draft_rows: int = 0) -> DeviceBatch:
+    """The last rows are drafts, which have tiles of their own."""
+    num_prompts = len(batch.query_start_loc_np) - num_draft_rows
+    rows, starts = prefill_tiles(batch.query_start_loc_np[:num_prompts], batch.num_decode_rows)
     return DeviceBatch(
         input_ids=batch.input_ids.int(),
         positions=batch.positions.int(),
@@ -53,16 +55,17 @@ def on_kernels(batch) -> DeviceBatch:
         num_decode_rows=batch.num_decode_rows,
         tile_rows=torch.from_numpy(rows) if len(rows) else None,
         tile_starts=torch.from_numpy(starts) if len(rows) else None,
+        num_draft_rows=num_draft_rows,
     )
 
 
 @pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.keys())
-def test_prefill_chunks_and_decode_rows_give_the_logits_of_the_cpu_path(spec: ModelSpec):
+def test_prefill_chunks_decode_rows_and_drafts_give_the_logits_of_the_cpu_path(spec: ModelSpec):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cpu = torch.device("cpu")
     expected_model = GPT2(spec, random_weights(spec), device=cpu, dtype=torch.float32)
     model = TritonGPT2(spec, random_weights(spec), device=device, dtype=torch.float32)
-    model.reserve(4)
+    model.reserve(4, 2)
     expected_cache = KVCache(spec, 30, BLOCK_SIZE, dtype=torch.float32, device=cpu)
     cache = KVCache(spec, 30, BLOCK_SIZE, dtype=torch.float32, device=device)
     cache.data[:, :, 1:] = float("nan")
@@ -73,12 +76,13 @@ def test_prefill_chunks_and_decode_rows_give_the_logits_of_the_cpu_path(spec: Mo
         [(0, 0, 40), (1, 0, 17)],
         [(0, 40, 41), (1, 17, 33), (2, 0, 80)],
         [(0, 41, 42), (2, 80, 81), (1, 33, 34)],
+        [(0, 42, 43), (1, 34, 38), (2, 81, 90)],
     ]
-    for step in steps:
+    for step, drafts in zip(steps, (0, 0, 0, 2), strict=True):
         rows = [(tokens[i][start:end], start, tables[i]) for i, start, end in step]
         batch = make_batch(rows, BLOCK_SIZE)
         expected = expected_model.logits(expected_model.forward(batch, expected_cache))
-        moved = on_kernels(make_batch(rows, BLOCK_SIZE, device))
+        moved = on_kernels(make_batch(rows, BLOCK_SIZE, device), drafts)
         found = model.logits(model.forward(moved, cache))
         assert found.shape[1] == 320
         torch.testing.assert_close(found[:, : spec.vocab_size].cpu(), expected, rtol=1e-4, atol=1e-4)
@@ -97,16 +101,18 @@ def test_an_fp8_cache_gives_the_logits_of_the_cpu_path():
     expected_model = GPT2(spec, dict(weights), device=CPU, dtype=torch.float32, cache_dtype=FP8)
     model = TritonGPT2(spec, dict(weights), device=device, dtype=torch.float32, cache_dtype=FP8)
     unscaled = GPT2(spec, dict(weights), device=CPU, dtype=torch.float32)
-    model.reserve(4)
+    model.reserve(4, 1)
     caches = [KVCache(spec, 8, BLOCK_SIZE, dtype=dtype, device=where) for dtype, where in ((FP8, CPU), (FP8, device))]
     exact = KVCache(spec, 8, BLOCK_SIZE, dtype=torch.float32, device=CPU)
     tokens = torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(1))
     tables = [np.array([3, 1, 4], np.int32), np.array([6, 5, 2], np.int32)]
-    for step in ([(0, 0, 20)], [(0, 20, 21), (1, 0, 17)], [(1, 17, 18), (0, 21, 33)]):
+    steps = ([(0, 0, 20)], [(0, 20, 21), (1, 0, 17)], [(1, 17, 18), (0, 21, 33)], [(1, 18, 19), (0, 33, 40)])
+    for step, drafts in zip(steps, (0, 0, 0, 1), strict=True):
         rows = [(tokens[start:end], start, tables[i]) for i, start, end in step]
         batch = make_batch(rows, BLOCK_SIZE)
         expected = expected_model.logits(expected_model.forward(batch, caches[0]))
-        found = model.logits(model.forward(on_kernels(make_batch(rows, BLOCK_SIZE, device)), caches[1])).cpu()
+        moved = on_kernels(make_batch(rows, BLOCK_SIZE, device), drafts)
+        found = model.logits(model.forward(moved, caches[1])).cpu()
         truth = unscaled.logits(unscaled.forward(batch, exact))
         assert (found - expected).abs().mean() < 1e-3, "a number between two of fp8 may go either way"
         assert (expected - truth).abs().mean() < 0.05 * truth.std()
@@ -134,3 +140,22 @@ def test_batch_invariant_logits_have_the_same_bits_alone_and_among_others():
     alone = logits_of_first([], 1)
     assert torch.equal(logits_of_first([(1, 0, 21), (2, 0, 4)], 1), alone)
     assert torch.equal(logits_of_first([(2, 0, 17)], 3), alone)
+
+
+def test_batch_invariant_logits_have_the_same_bits_behind_drafts():
+    """Each token's, whether it decodes alone or is checked with others."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = ModelSpec(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
+    tokens = torch.randint(0, spec.vocab_size, (30,), generator=torch.Generator().manual_seed(2))
+    table = np.array([2, 1], np.int32)
+    found = []
+    for steps in ([(0, 12), (12, 13), (13, 14), (14, 15)], [(0, 12), (12, 15)]):
+        model = TritonGPT2(spec, random_weights(spec), device=device, dtype=torch.float32, batch_invariant=True)
+        model.reserve(4, 4)
+        cache = KVCache(spec, 2, BLOCK_SIZE, dtype=torch.float32, device=device)
+        logits = []
+        for start, end in steps:
+            batch = make_batch([(tokens[start:end], start, table)], BLOCK_SIZE, device)
+            logits.append(model.logits(model.forward(on_kernels(batch, int(end == 15 > start + 1)), cache)))
+        found.append(torch.cat(logits))
+    assert torch.equal(*found)

@@ -42,7 +42,7 @@ def test_rows_keep_their_tokens_in_any_shape_that_holds_them(seed: int):
     assert parts.query_start_loc[-1] <= shape.num_tokens
     chosen = parts.sample_slots != PADDING
     assert parts.sample_slots[chosen].tolist() == slots[samples].tolist()
-    assert (parts.last_tokens == np.maximum(parts.query_start_loc[1:] - 1, 0)).all()
+    assert (parts.logits_indices == np.maximum(parts.query_start_loc[1:] - 1, 0)).all()
     covered = [
         (row, start + i)
         for row, start in zip(parts.tile_rows, parts.tile_starts, strict=True)
@@ -83,8 +83,45 @@ def test_what_rows_share_has_a_place_in_shapes_for_it_only():
     assert np.array_equal(lay_out(plain, *rows, prefixes).words, lay_out(plain, *rows).words)
     padding = parts_of(lay_out(shape, *rows).words, shape)
     assert not padding.shared_splits.any() and (padding.shared_tiles == -1).all()
-    for shape in graph_shapes(64, 2048, shared=True):
+    for shape in [*graph_shapes(64, 2048, shared=True), *graph_shapes(2, 8)]:
         assert num_words(shape) <= most_words(64 + 64, 2048 + 64)
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (8, 4, 64, 11)], ids=["exact", "padded"])
+def test_rows_with_drafts_have_a_place_behind_each_of_their_tokens(padding: tuple[int, int, int, int]):
+    """Two rows that decode, one with part of a prompt, and three with drafts, the second of which chooses nothing."""
+    slots, lengths = np.arange(10, 16, dtype=np.int32), np.array([1, 1, 5, 4, 2, 3], np.int32)
+    drafts = [np.array(ids, np.int32) for ids in ([7, 0, 9], [5], [3, 4])]
+    samples = np.array([True, True, False, True, False, True])
+    exact = exact_shape(lengths, 2, history=False, drafts=drafts)
+    assert exact == StepShape(2, 1, 5, draft_rows=4, draft_tokens=9, draft_rounds=3)
+    decodes, rows, tokens, rounds = (a + b for a, b in zip((2, 4, 9, 3), padding, strict=True))
+    shape = StepShape(decodes, 1, 5, draft_rows=rows, draft_tokens=tokens, draft_rounds=rounds)
+    assert shape.holds(exact) and not shape.holds(StepShape(2, 1, 5)) and not StepShape(8, 4, 64).holds(exact)
+    layout = lay_out(shape, slots, lengths, 2, samples, PADDING, drafts=drafts)
+    parts = parts_of(layout.words, shape)
+    assert layout.places.tolist() == [0, 1, *range(decodes, decodes + 4)]
+    assert parts.row_slots[layout.places].tolist() == slots.tolist()
+    starts = parts.query_start_loc[layout.places]
+    assert np.diff(parts.query_start_loc)[layout.places].tolist() == lengths.tolist()
+    assert parts.logits_indices[layout.places].tolist() == [0, 1, starts[2] + 4, *starts[3:]]
+    ids = np.full(shape.num_tokens, -1)
+    for start, draft in zip(starts[3:], drafts, strict=True):
+        ids[start + 1 : start + 1 + len(draft)] = draft
+    assert parts.draft_ids.tolist() == ids[decodes:].tolist()
+    chosen = parts.sample_slots != PADDING
+    assert parts.sample_slots[chosen].tolist() == [10, 11, 13, 15, 13, 15, 13, 15, 13]
+    assert parts.tile_rows.tolist() == [decodes], "drafts have tiles of their own"
+    for number, (slot_ids, drafted, indices) in enumerate(
+        [([13, 15], [7, 3], [1, 1]), ([13, 15], [0, 4], [2, 2]), ([13], [9], [3])]
+    ):
+        places = np.arange(shape.num_places)[shape.round_places(number)]
+        assert places[0] % 4 == 0
+        of_round = chosen[places]
+        assert parts.sample_slots[places][of_round].tolist() == slot_ids
+        assert parts.drafted.reshape(-1, rows)[number][of_round].tolist() == drafted
+        begins = starts[[3, 5][: len(indices)]]
+        assert parts.logits_indices[places][of_round].tolist() == [b + i for b, i in zip(begins, indices, strict=True)]
 
 
 class Program:
@@ -105,6 +142,8 @@ def test_shares_are_given_up_rather_than_a_graph():
     assert graphs.shape_for(StepShape(5, 3, 50, shared=True)) == StepShape(16, 4, 64, shared=True)
     assert graphs.shape_for(StepShape(5, history=True, shared=True)) == StepShape(8, history=True)
     assert graphs.shape_for(StepShape(65, shared=True)) == StepShape(65, shared=True)
+    exact = StepShape(5, shared=True, draft_rows=4, draft_tokens=17, draft_rounds=5)
+    assert graphs.shape_for(exact) == StepShape(16, draft_rows=4, draft_tokens=64, draft_rounds=15)
 
 
 def test_shapes_with_shares_come_last():

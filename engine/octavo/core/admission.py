@@ -94,9 +94,10 @@ class Admission:
         self._waiting.pop()
         slot = self._batch.add(request, num_cached)
         request.status = RequestStatus.RUNNING
-        self._drafts.admit(request)
         if self._needs_host(request.spec.params, request.spec.logprobs):
             self._batch.wait_for_tokens(slot)
+        else:
+            self._drafts.admit(request)
         return slot
 
     def _may_look_again(self) -> bool:

@@ -23,6 +23,7 @@ from octavo.core.request import Request
 from octavo.core.running_batch import RunningBatch, Slots
 from octavo.ipc import EngineCoreRequest
 from octavo.step import Bools, FurtherTokens, Int32s, SchedulerOutput
+from octavo.types import DraftLimits
 
 MAX_DRAFT_TOKENS = 256
 """In one step: the worker holds a row of logits for each."""
@@ -96,8 +97,8 @@ def _before(token_ids: Int32s, stops: Int32s) -> Int32s:
 class Drafts:
     """Owns who looks up drafts, and adds them to steps."""
 
-    def __init__(self, batch: RunningBatch, kv: KVCacheManager, config: SchedulerConfig, *, enabled: bool) -> None:
-        self._enabled = enabled
+    def __init__(self, batch: RunningBatch, kv: KVCacheManager, config: SchedulerConfig, limits: DraftLimits) -> None:
+        self._limits = limits
         self._batch = batch
         self._kv = kv
         self._most = min(MAX_DRAFT_TOKENS, (config.max_chunk_tokens or MAX_DRAFT_TOKENS + 1) - 1)
@@ -110,8 +111,8 @@ class Drafts:
         return bool(self._lookups)
 
     def admit(self, request: Request) -> None:
-        """The request, of one row, has got its slot."""
-        if self._enabled and request.spec.params.prompt_lookup_num_tokens:
+        """The request, of one row, has got its slot. Its tokens are chosen where drafts are checked."""
+        if self._limits.max_rows and request.spec.params.prompt_lookup_num_tokens:
             self._lookups[request.slot] = Lookup.of(request.spec)
             self._drafts[request.slot] = True
             self._batch.wait_for_tokens(request.slot)  # what is drafted depends on them
@@ -137,10 +138,15 @@ class Drafts:
 
     def add(self, plan: Plan) -> None:
         """Moves decode rows of the plan that have a draft to `plan.drafts`, as far as budget and blocks go."""
-        most = self._most
+        limits, most = self._limits, self._most
+        if not limits.beside_prompts and plan.has_prompts:
+            return
         for slot in plan.decode[self._drafts[plan.decode]].tolist():
+            if len(plan.drafts) == limits.max_rows:
+                break
             left = int(self._batch.max_total[slot] - self._batch.num_known[slot])  # one is chosen behind the draft
-            draft = self.draft(slot, min(most, plan.budget, left - 1, int(self._lengths[slot])))
+            wanted = min(limits.max_tokens_of_row, int(self._lengths[slot]))
+            draft = self.draft(slot, min(most, plan.budget, left - 1, wanted))
             draft = draft[: self._make_room(plan, slot, len(draft))]
             if len(draft):
                 plan.drafts.append((slot, draft))

@@ -41,6 +41,11 @@ class Plan:
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     """(slot, source, destination) of blocks."""
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether some row computes several tokens that are known."""
+        return any(count > 1 for _, count in self.prefill + self.admitted + self.beams)
+
     def attach(self, step: SchedulerOutput) -> None:
         """Puts the changes that the worker has to apply into the step."""
         step.new_requests = self.new_requests

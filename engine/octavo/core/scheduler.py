@@ -45,7 +45,7 @@ from octavo.core.waiting_queue import WaitingQueue
 from octavo.errors import Reason
 from octavo.ipc import EngineCoreOutputs, EngineCoreRequest, PromptStarted
 from octavo.step import BeamChoice, ModelRunnerOutput, PromptLogprobs, SchedulerOutput
-from octavo.types import EngineLoad
+from octavo.types import DraftLimits, EngineLoad
 
 
 class Scheduler:
@@ -59,10 +59,10 @@ class Scheduler:
         num_blocks: int,
         max_model_len: int,
         needs_host: NeedsHost = lambda params, logprobs: False,
-        speculates: bool = True,
+        drafts: DraftLimits | None = None,
     ) -> None:
-        """`needs_host`: whose tokens the worker's host chooses. `speculates`: whether the worker can check drafts; if
-        not, none are made."""
+        """`needs_host`: whose tokens the worker's host chooses. `drafts`: which the worker checks, by
+        default any."""
         if config.max_num_batched_tokens < config.max_num_requests:
             raise ValueError(
                 f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least max_num_requests "
@@ -79,7 +79,7 @@ class Scheduler:
         )
         self.batch = RunningBatch(config.max_num_requests, max_model_len)
         self.meter = LoadMeter()
-        self.drafts = Drafts(self.batch, self.kv, config, enabled=speculates)
+        self.drafts = Drafts(self.batch, self.kv, config, drafts or DraftLimits())
         self._beams = BeamScheduler(self.batch, self.kv, config.max_chunk_tokens, self._make_room)
         self._waiting = WaitingQueue()
         self._shares = PromptShares(self.pool)

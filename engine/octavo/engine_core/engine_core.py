@@ -81,7 +81,7 @@ class EngineCore:
             num_blocks=self.info.num_blocks,
             max_model_len=self.info.max_model_len,
             needs_host=runner.needs_host,
-            speculates=self.info.speculation,
+            drafts=self.info.drafts,
         )
         self.frontends: dict[int, None] = {}
         """Front-ends that get load reports: those that were heard of and are not gone."""

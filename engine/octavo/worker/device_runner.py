@@ -13,18 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from octavo_kernels.inputs import apply_diffs, copy_blocks
 from octavo_kernels.logprobs import LogprobBuffers, gather_logprobs
-from octavo_kernels.state import Feature, Finish
+from octavo_kernels.state import Feature
 
 from octavo.config import EngineConfig, shares_prefixes
-from octavo.errors import Reason
 from octavo.step import Bools, Int32s, LogprobSpec, ModelRunnerOutput, SchedulerOutput
-from octavo.types import GenerationParams
+from octavo.types import DraftLimits, GenerationParams
 from octavo.worker.constraints import Constraints
-from octavo.worker.device_logprobs import ReadLogprobs, copy_to_host, logprob_rows
+from octavo.worker.device_logprobs import copy_to_host, logprob_rows
+from octavo.worker.device_results import Choices, ResultReader
 from octavo.worker.device_states import DeviceStates
 from octavo.worker.gpt2_triton import TritonGPT2
 from octavo.worker.host_rows import HostRows, needs_host
@@ -37,7 +38,15 @@ from octavo.worker.prompt_logprobs import add_prompt_logprobs
 from octavo.worker.request_states import Int64s, RequestStates
 from octavo.worker.shared_prefixes import PrefixFinder
 from octavo.worker.step_graphs import StepGraphs, capture_graphs
-from octavo.worker.step_layout import StepLayout, exact_shape, lay_out, max_shared_tiles, parts_of
+from octavo.worker.step_layout import (
+    MAX_DRAFT,
+    StepLayout,
+    exact_shape,
+    largest_drafts,
+    lay_out,
+    max_shared_tiles,
+    parts_of,
+)
 from octavo.worker.step_program import StepProgram, StepTensors
 from octavo.worker.warm_up import warm_up
 
@@ -49,8 +58,6 @@ HISTORY = (
     | Feature.OUTPUT_PENALTY
 )
 """What `apply_history` is launched for."""
-FAILURES = {Finish.NON_FINITE_LOGITS: Reason.NON_FINITE_LOGITS, Finish.NON_FINITE_SCORES: Reason.NON_FINITE_SCORES}
-
 
 Read = Callable[[ModelRunnerOutput], None]
 """Adds what a launched step gave, once the device has come that far."""
@@ -109,13 +116,16 @@ class DeviceRunner:
         self._graphs = StepGraphs(self._program)
         self._prefixes = PrefixFinder(self._states) if shares_prefixes(config.model) else None
         self._last: _DecodeLayout | None = None
-        self._logprobs = LogprobBuffers.allocate(rows + PADDING_ROWS, device)
+        self._logprobs = LogprobBuffers.allocate(self._program.max_places, device)
+        self._reader = ResultReader(self._states, self._device_states)
         sampler = HostSampler(self._states, PhiloxNoise(spec.vocab_size, device, self._program.num_threads), path)
         self._host_rows = HostRows(self._states, self._device_states, sampler)
         warm_up(self, spec, config.cache)
         self._states.free(0)
         capture_graphs(self._graphs, config, device, progress)
-        self.info = loaded.info()
+        drafts = largest_drafts(rows).draft_rows
+        limits = DraftLimits(max_rows=drafts, max_tokens_of_row=MAX_DRAFT, beside_prompts=False)
+        self.info = msgspec.structs.replace(loaded.info(), drafts=limits)
 
     def submit(self, step: SchedulerOutput) -> LaunchedStep:
         """Launches a step; steps take effect in the order of the calls. What goes wrong is raised by its result."""
@@ -191,9 +201,9 @@ class DeviceRunner:
         if self._prefixes is not None:
             prefixes = self._prefixes.find(step.slots[:decodes], step.num_computed[:decodes], max_shared_tiles(decodes))
         history, shared = bool(used & HISTORY), prefixes is not None
-        shape = self._graphs.shape_for(exact_shape(step.num_scheduled, decodes, history=history, shared=shared))
-        padding = self._device_states.state.padding_slot
-        layout = lay_out(shape, step.slots, step.num_scheduled, decodes, sampled, padding, prefixes)
+        exact = exact_shape(step.num_scheduled, decodes, history=history, shared=shared, drafts=step.drafts)
+        shape, padding = self._graphs.shape_for(exact), self._device_states.state.padding_slot
+        layout = lay_out(shape, step.slots, step.num_scheduled, decodes, sampled, padding, prefixes, step.drafts)
         self._last = _DecodeLayout(step.slots, sampled, layout) if decodes == len(step.slots) else None
         return layout
 
@@ -214,7 +224,7 @@ class DeviceRunner:
         reads: list[Read] = []
         rows = np.flatnonzero(samples if on_host is None else samples & ~on_host)
         if len(rows):
-            reads.append(self._read_later(step.slots, rows, layout, tensors))
+            reads.append(self._read_later(step, rows, layout, tensors))
         if on_host is not None and (samples & on_host).any():
             own = np.flatnonzero(samples & on_host)
             index = torch.from_numpy(layout.places[own]).to(self._device)
@@ -222,18 +232,19 @@ class DeviceRunner:
             reads.append(self._host_rows.fetch(logits, step, own))
         return reads
 
-    def _read_later(self, slots: Int32s, rows: Int64s, layout: StepLayout, tensors: StepTensors) -> Read:
+    def _read_later(self, step: SchedulerOutput, rows: Int64s, layout: StepLayout, tensors: StepTensors) -> Read:
         """Starts the copy of what was sampled for a step's rows [S]."""
-        places = layout.places[rows]
-        wants = self._states.sampling.features[slots[rows]] & Feature.LOGPROBS != 0
+        choices = Choices.of(step, layout, rows)
+        places, slots = choices.places, step.slots[choices.rows]
+        wants = self._states.sampling.features[slots] & Feature.LOGPROBS != 0
         values = None
         if wants.any():
             sample_slots = self._program.sample_slots(layout.shape)
             state, workspace = self._device_states.state, self._program.workspace
             gather_logprobs(tensors.logits, state, sample_slots, workspace, tensors.results, self._logprobs)
-            values = logprob_rows(self._logprobs, self._states, slots[rows], places, wants)
+            values = logprob_rows(self._logprobs, self._states, slots, places, wants)
         record = copy_to_host(tensors.results)
-        return lambda output: self._read(slots, rows, record.numpy()[places], values, output)
+        return lambda output: self._reader.read(step, choices, record.numpy()[places], values, output)
 
     def _recorded_event(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
@@ -241,26 +252,6 @@ class DeviceRunner:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
-
-    def _read(
-        self, slots: Int32s, rows: Int64s, record: Int32s, values: ReadLogprobs | None, output: ModelRunnerOutput
-    ) -> None:
-        """Reads what was sampled for rows [S] and brings the mirror up to it. record: [S, 4]"""
-        states = self._states
-        token_ids, finish = record[:, 0], record[:, 1]
-        failed = [(int(rows[i]), FAILURES[Finish(int(finish[i]))]) for i in np.flatnonzero(finish >= min(FAILURES))]
-        if failed:
-            states.fail(slots[[row for row, _ in failed]])
-            output.failed += failed
-        chosen = token_ids >= 0
-        if values is not None:
-            output.logprobs = values(np.flatnonzero(chosen).tolist())
-            if output.logprobs is not None:
-                output.logprobs.rows = rows[output.logprobs.rows].astype(np.int32)
-        output.token_ids[rows] = token_ids
-        alive = rows[chosen]
-        output.finish[alive] = states.append(slots[alive], token_ids[chosen])
-        assert (output.finish[alive] == finish[chosen]).all(), "host and device disagree about who has finished"
 
 
 def _raising(error: Exception) -> Callable[[], ModelRunnerOutput]:

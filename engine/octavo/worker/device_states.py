@@ -71,6 +71,10 @@ class DeviceStates:
     def stage_num_computed(self, slots: Int32s, counts: Int32s) -> None:
         self._put(self._base["num_computed"] + slots.astype(np.int64), counts)
 
+    def stage_running(self, slots: Int32s) -> None:
+        """The slots have not finished."""
+        self._put(self._base["finished"] + slots.astype(np.int64), np.zeros(len(slots), np.int32))
+
     def take(self) -> tuple[Int32s, Int32s]:
         """(offsets, values) of the words to write, no word twice; nothing stays collected."""
         if not self._offsets:

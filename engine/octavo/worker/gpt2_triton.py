@@ -2,7 +2,7 @@
 
 norm (with the residual that came before it), qkv, attention (decode rows also write their keys and values), proj,
 norm, fc with its activation, proj. The residual stream is added where it is normalised next. Prompts' rows take another
-two launches, and so does what decode rows share, one.
+two launches, and so do rows with drafts; what decode rows share takes one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from octavo_kernels.embed import embed
 from octavo_kernels.kv_write import kv_write
 from octavo_kernels.linear import linear
 from octavo_kernels.norm import add_layer_norm, layer_norm
-from octavo_kernels.paged_attention import AttentionWorkspace, decode_attention, prefill_attention, shared_attention
+from octavo_kernels.paged_attention import (
+    VERIFY_TILE,
+    AttentionWorkspace,
+    decode_attention,
+    prefill_attention,
+    shared_attention,
+    verify_attention,
+)
 from torch import Tensor
 
 from octavo.checkpoint import ModelSpec
@@ -74,6 +81,8 @@ class DeviceBatch:
     """int32 [tiles, SHARED_TILE] decode rows that share splits of their context; None: none do."""
     shared_splits: Tensor | None = None
     """int32 [num_decode_rows]"""
+    num_draft_rows: int = 0
+    """The last rows, of at most VERIFY_TILE tokens each."""
 
 
 class TritonGPT2:
@@ -110,7 +119,10 @@ class TritonGPT2:
         self._ln_f = self._affine(weights, "ln_f")
         tied = "lm_head.weight" not in weights
         self._lm_head = self._wte if tied else self._padded(weights.pop("lm_head.weight"))
+        self._decode_form = "dot" if batch_invariant else "fma"
+        """With drafts tokens are to have the same bits as without: `verify_attention` has that of "dot"."""
         self._workspace: AttentionWorkspace | None = None
+        self._draft_workspace: AttentionWorkspace | None = None
 
     @property
     def attention_backend(self) -> str:
@@ -122,12 +134,13 @@ class TritonGPT2:
         """Columns of the logits: vocab_size and the padding."""
         return self._lm_head.shape[0]
 
-    def reserve(self, max_rows: int) -> None:
-        """Allocates what decode rows need, for at most max_rows of them."""
+    def reserve(self, max_rows: int, max_draft_rows: int = 0) -> None:
+        """Allocates what decode rows need, for at most max_rows of them, and what rows with drafts do."""
         spec = self.spec
-        self._workspace = AttentionWorkspace.allocate(
-            max_rows, spec.n_head, spec.head_size, spec.n_positions, self.device
-        )
+        sizes = (spec.n_head, spec.head_size, spec.n_positions, self.device)
+        self._workspace = AttentionWorkspace.allocate(max_rows, *sizes)
+        if max_draft_rows:
+            self._draft_workspace = AttentionWorkspace.allocate(max_draft_rows, *sizes, num_queries=VERIFY_TILE)
 
     @torch.inference_mode()
     def forward(self, batch: DeviceBatch, kv_cache: KVCache) -> Tensor:
@@ -161,47 +174,38 @@ class TritonGPT2:
     def _attend(self, batch: DeviceBatch, qkv: Tensor, layer_cache: Tensor, block: Block) -> Tensor:
         assert self._workspace is not None, "reserve was not called"
         out = torch.empty(qkv.shape[0], self.spec.n_embd, dtype=qkv.dtype, device=qkv.device)
-        decodes, upcast = batch.num_decode_rows, self.spec.reorder_and_upcast_attn
-        scale, k_scale, v_scale = block.attn_scale, block.kv_scales.key, block.kv_scales.value
-        if batch.tile_rows is not None and batch.tile_starts is not None:
-            prompts, slots = qkv[decodes:], batch.slot_mapping[decodes:]
-            kv_write(
-                prompts,
-                layer_cache,
-                slots,
-                k_scale=k_scale,
-                v_scale=v_scale,
-                dependent_launch=self.dependent_launch,
-            )
-            prefill_attention(
-                qkv,
-                layer_cache,
-                batch.block_tables,
-                batch.query_start_loc,
-                batch.seq_lens,
-                batch.tile_rows,
-                batch.tile_starts,
-                out,
-                scale=scale,
-                k_scale=k_scale,
-                v_scale=v_scale,
-                upcast=upcast,
-                dependent_launch=self.dependent_launch,
-            )
+        decodes = batch.num_decode_rows
+        write: dict[str, Any] = {
+            "k_scale": block.kv_scales.key,
+            "v_scale": block.kv_scales.value,
+            "dependent_launch": self.dependent_launch,
+        }
+        how = write | {"scale": block.attn_scale, "upcast": self.spec.reorder_and_upcast_attn}
+        if batch.tile_rows is not None or batch.num_draft_rows:
+            kv_write(qkv[decodes:], layer_cache, batch.slot_mapping[decodes:], **write)
+            self._attend_chunks(batch, qkv, layer_cache, out, how)
         if decodes:
             rows = (qkv[:decodes], layer_cache, batch.block_tables[:decodes], batch.seq_lens[:decodes])
             workspace, tiles, shared = self._workspace, batch.shared_tiles, batch.shared_splits
-            how: dict[str, Any] = {
-                "scale": scale,
-                "k_scale": k_scale,
-                "v_scale": v_scale,
-                "upcast": upcast,
-                "dependent_launch": self.dependent_launch,
-            }
             if tiles is not None and shared is not None:
                 shared_attention(*rows, tiles, shared, workspace, **how)
+            how["form"] = self._decode_form
             decode_attention(*rows, out[:decodes], workspace, shared_splits=shared, **how)
         return out
+
+    def _attend_chunks(
+        self, batch: DeviceBatch, qkv: Tensor, layer_cache: Tensor, out: Tensor, how: dict[str, Any]
+    ) -> None:
+        """Rows of several tokens, whose keys and values are in the cache: prompts, and drafts."""
+        tables, starts, lengths = batch.block_tables, batch.query_start_loc, batch.seq_lens
+        if batch.tile_rows is not None and batch.tile_starts is not None:
+            tiles = (batch.tile_rows, batch.tile_starts)
+            prefill_attention(qkv, layer_cache, tables, starts, lengths, *tiles, out, **how)
+        if batch.num_draft_rows:
+            assert self._draft_workspace is not None, "reserve was not told of drafts"
+            first = len(lengths) - batch.num_draft_rows
+            rows = (tables[first:], starts[first:], lengths[first:])
+            verify_attention(qkv, layer_cache, *rows, out, self._draft_workspace, **how)
 
     def _block(self, weights: WeightSource, layer: int) -> Block:
         spec, name = self.spec, f"h.{layer}"

@@ -27,6 +27,8 @@ ROW_BYTES = 32 << 10
 
 PADDING_ROWS = 64
 """Most rows that a step is padded by, where prompts run beside decodes, see `step_graphs`."""
+DRAFT_PLACES = 256
+"""Most places behind drafts at which a step chooses tokens, see `step_layout.largest_drafts`."""
 
 
 class KVCache:
@@ -103,11 +105,13 @@ def step_memory(spec: ModelSpec, config: SchedulerConfig, block_size: int, dtype
     """Bytes that the runner allocates beside weights and cache, on a GPU.
 
     Per token of a step: residual, its norm, qkv, attention, what is added, and the MLP's inner state. Per request, and
-    per row of padding: the sampler's rows and the request's state. Twice the activations: CUDA graphs have their own.
+    per row of padding: the sampler's rows and the request's state; behind drafts the sampler's rows alone. Twice the
+    activations: CUDA graphs have their own.
     """
     rows = config.max_num_requests + PADDING_ROWS
     tokens = 2 * (config.max_num_batched_tokens + rows)
     activations = tokens * (7 * spec.n_embd + 2 * spec.inner_size) * dtype.itemsize
     splits = -(-spec.n_positions // SPLIT_TOKENS) * spec.n_embd * 4
     state = SlotState.bytes_per_slot(spec.n_positions, block_size, spec.vocab_size)
-    return activations + rows * (spec.vocab_size * SAMPLER_BYTES + splits + state + ROW_BYTES)
+    per_place = spec.vocab_size * SAMPLER_BYTES + splits + ROW_BYTES
+    return activations + rows * (per_place + state) + DRAFT_PLACES * per_place

@@ -86,7 +86,6 @@ class LoadedModel:
             max_model_len=_max_model_len(config, self.spec),
             batch_invariant=config.model.batch_invariant,
             start_time=time.time(),
-            speculation=isinstance(self.model, GPT2),
             cpu_cores=self.threads.cores,
         )
 

@@ -18,13 +18,16 @@ import numpy as np
 import torch
 
 from octavo.config import EngineConfig, shares_prefixes
-from octavo.worker.step_layout import StepShape, lay_out
+from octavo.worker.step_layout import MAX_DRAFT, StepShape, largest_drafts, lay_out
 from octavo.worker.step_program import StepProgram, StepTensors
 
 MIXED_CHUNKS = ((4, 64), (8, 128), (16, 256), (32, 512), (64, 1024))
 """(rows, tokens) of the prompts' part of a mixed step, at most `kv_cache.PADDING_ROWS` rows. Larger steps are bound by
 arithmetic, not by launches."""
 MIXED_DECODES = (0, 16, 64, 128, 256, 512)
+DRAFT_CHUNKS = ((4, 16), (4, 64), (8, 128), (16, 256))
+"""(rows, tokens) of the part of a step that has drafts: from a single row's longest one on. Steps that bring prompts,
+too, draft nothing."""
 LEAST_SHARED_ROWS = 4
 """Fewer save too little, see `shared_prefixes.LEAST_SAVED`."""
 
@@ -42,11 +45,12 @@ def decode_buckets(max_rows: int) -> list[int]:
 
 
 def graph_shapes(max_rows: int, max_tokens: int, *, shared: bool = False) -> Iterator[StepShape]:
-    """Worth capturing, the most useful first: decode steps, then mixed ones, each largest first. shared: also steps in
-    which rows share splits of their context, those without history."""
+    """Worth capturing, the most useful first: decode steps, then mixed ones, each largest first; then those with
+    drafts. shared: also steps in which rows share splits of their context, those without history or drafts."""
     plain = [*_decode_shapes(max_rows), *_mixed_shapes(max_rows, max_tokens)]
-    yield from plain
-    yield from (replace(shape, history=True) for shape in plain)
+    for shapes in (plain, list(_draft_shapes(max_rows))):
+        yield from shapes
+        yield from (replace(shape, history=True) for shape in shapes)
     if shared:
         yield from (replace(shape, shared=True) for shape in plain if shape.decode_rows >= LEAST_SHARED_ROWS)
 
@@ -58,10 +62,22 @@ def _decode_shapes(max_rows: int) -> Iterator[StepShape]:
 
 def _mixed_shapes(max_rows: int, max_tokens: int) -> Iterator[StepShape]:
     for rows, tokens in reversed(MIXED_CHUNKS):
-        decodes = [count for count in MIXED_DECODES if count < max_rows] + [max_rows]
-        for count in reversed(decodes):
+        for count in _decodes_beside(max_rows):
             if tokens <= max_tokens and rows <= max_rows:
                 yield StepShape(count, rows, tokens)
+
+
+def _draft_shapes(max_rows: int) -> Iterator[StepShape]:
+    most = largest_drafts(max_rows).draft_rows
+    for rows, tokens in reversed(DRAFT_CHUNKS):
+        for count in _decodes_beside(max_rows):
+            if rows <= most:
+                yield StepShape(count, draft_rows=rows, draft_tokens=tokens, draft_rounds=MAX_DRAFT)
+
+
+def _decodes_beside(max_rows: int) -> list[int]:
+    """Rows that decode beside others, the most first."""
+    return [max_rows] + [count for count in reversed(MIXED_DECODES) if count < max_rows]
 
 
 def capture_graphs(
@@ -85,7 +101,7 @@ def capture_graphs(
 
 
 def _size(shape: StepShape) -> tuple[int, ...]:
-    return shape.num_tokens, shape.num_rows, shape.history, shape.shared
+    return shape.num_tokens, shape.num_rows, shape.draft_rounds, shape.history, shape.shared
 
 
 class StepGraphs:

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from octavo.worker.gpt2_triton import DeviceBatch, TritonGPT2
 from octavo.worker.kv_cache import KVCache
-from octavo.worker.step_layout import StepLayout, StepShape, most_words, parts_of
+from octavo.worker.step_layout import (
+    ROUND_MULTIPLE,
+    StepLayout,
+    StepShape,
+    StepWords,
+    largest_drafts,
+    most_words,
+    multiple_of,
+    parts_of,
+)
 
 THREADS_PER_SM = 2048
 INTERPRETED_SMS = 132
@@ -30,14 +39,14 @@ INTERPRETED_SMS = 132
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """What a step leaves on the device, until the next one. R rows, T tokens of its shape."""
+    """What a step leaves on the device, until the next one. T tokens, P places of its shape."""
 
     hidden: Tensor
     """[T, E] after ln_f."""
     logits: Tensor
-    """[R, num_columns] of each row's last token."""
+    """[P, num_columns]"""
     results: Tensor
-    """int32 [R, 4], see `octavo_kernels.sampling.sample`."""
+    """int32 [P, 4], see `octavo_kernels.sampling.sample`."""
 
 
 class StepProgram:
@@ -46,8 +55,10 @@ class StepProgram:
     def __init__(
         self, model: TritonGPT2, kv_cache: KVCache, state: SlotState, *, max_rows: int, max_tokens: int
     ) -> None:
-        """max_rows, max_tokens: of the largest shape."""
+        """max_rows, max_tokens: of the largest shape, before drafts are added."""
         device = model.device
+        drafts = largest_drafts(max_rows)
+        self.max_places = multiple_of(ROUND_MULTIPLE, max_rows + drafts.draft_rows) + drafts.num_places
         self.model = model
         self.device = device
         self._kv_cache = kv_cache
@@ -56,13 +67,15 @@ class StepProgram:
         self._words = torch.zeros(most_words(max_rows, max_tokens), dtype=torch.int32, device=device)
         self._on_device: StepLayout | None = None
         """What `_words` holds."""
-        self._inputs = StepInputs.allocate(max_tokens, max_rows, state.block_table.shape[1], device)
-        self.workspace = SamplerWorkspace.allocate(max_rows, state.vocab_size, device)
-        self._results = torch.empty(max_rows, 4, dtype=torch.int32, device=device)
+        self._inputs = StepInputs.allocate(
+            max_tokens + drafts.num_tokens, max_rows + drafts.num_rows, state.block_table.shape[1], device
+        )
+        self.workspace = SamplerWorkspace.allocate(self.max_places, state.vocab_size, device)
+        self._results = torch.empty(self.max_places, 4, dtype=torch.int32, device=device)
         self.num_threads = THREADS_PER_SM * (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETED_SMS
         )
-        model.reserve(max_rows)
+        model.reserve(max_rows, drafts.draft_rows)
 
     def write(self, layout: StepLayout) -> None:
         """Brings the words to the device, unless they are there."""
@@ -78,7 +91,7 @@ class StepProgram:
         self._on_device = layout
 
     def sample_slots(self, shape: StepShape) -> Tensor:
-        """int32 [R] of the step whose words were written last."""
+        """int32 [P] of the step whose words were written last."""
         return parts_of(self._words, shape).sample_slots
 
     @torch.inference_mode()
@@ -95,6 +108,9 @@ class StepProgram:
             num_blocks=self._kv_cache.data.shape[2],
             dependent_launch=self.model.dependent_launch,
         )
+        if shape.draft_rows:  # the state ends with the token before the draft: 0 is what is there of it
+            others = inputs.input_ids[shape.decode_rows :]
+            torch.maximum(others, parts.draft_ids, out=others)
         batch = DeviceBatch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,
@@ -107,21 +123,38 @@ class StepProgram:
             tile_starts=parts.tile_starts if shape.num_tiles else None,
             shared_tiles=parts.shared_tiles.view(-1, SHARED_TILE) if shape.shared else None,
             shared_splits=parts.shared_splits if shape.shared else None,
+            num_draft_rows=shape.draft_rows,
         )
         hidden = self.model.forward(batch, self._kv_cache)
-        last = hidden if shape.prefill_rows == 0 else hidden.index_select(0, parts.last_tokens)
-        logits = self.model.logits(last)
-        self._sample(logits, parts.sample_slots, history=shape.history)
-        return StepTensors(hidden, logits, self._results[: shape.num_rows])
+        each = shape.num_rows == shape.decode_rows
+        logits = self.model.logits(hidden if each else hidden.index_select(0, parts.logits_indices))
+        first = slice(0, shape.first_places)
+        self._sample(logits[first], parts.sample_slots[first], first, history=shape.history)
+        if shape.draft_rows:
+            self._choose_on(logits, parts, shape)
+        return StepTensors(hidden, logits, self._results[: shape.num_places])
 
-    def _sample(self, logits: Tensor, slots: Tensor, *, history: bool) -> None:
+    def _choose_on(self, logits: Tensor, parts: StepWords[Tensor], shape: StepShape) -> None:
+        """The rounds behind the first: rows whose draft was right so far choose on, each as in a step of its own, for
+        the state has moved on with every round."""
+        before = slice(shape.num_rows - shape.draft_rows, shape.num_rows)
+        drafted = parts.drafted.view(-1, shape.draft_rows)
+        for number in range(shape.draft_rounds):
+            places = shape.round_places(number)
+            wrong = self._results[before, 0] != drafted[number]
+            slots = parts.sample_slots[places].masked_fill(wrong, self.padding_slot)
+            self._sample(logits[places], slots, places, history=shape.history)
+            before = places
+
+    def _sample(self, logits: Tensor, slots: Tensor, places: slice, *, history: bool) -> None:
         reciprocal, dependent_launch = self.device.type == "cuda", self.model.dependent_launch
+        workspace = self.workspace.narrow(places)
         if history:
             apply_history(
                 logits,
                 self._state,
                 slots,
-                self.workspace,
+                workspace,
                 reciprocal=reciprocal,
                 dependent_launch=dependent_launch,
             )
@@ -129,8 +162,8 @@ class StepProgram:
             logits,
             self._state,
             slots,
-            self.workspace,
-            self._results[: len(slots)],
+            workspace,
+            self._results[places],
             reciprocal=reciprocal,
             num_threads=self.num_threads,
             dependent_launch=dependent_launch,
