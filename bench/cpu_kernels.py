@@ -5,6 +5,7 @@
 linear      all 49 matrices once, by the kinds of `octavo_kernels.cpu.linear`; bf16 products need AVX512_BF16
 attention   decode rows of 12 layers: `NativeAttention` in C, `PagedAttention` of torch's operators; by the cache's type
             (4 KiB pages: weights or cache outside of huge pages, see `octavo_kernels.cpu.memory`)
+chunks      512 tokens of a prompt, after others: `NativeAttention` in C, and with torch's flash attention
 layers      all of them: one after the other, and `NativeBlocks` in one call
 argmax      the largest of 50,257 bf16 logits a row
 
@@ -116,6 +117,32 @@ def planned(kind: Any, dtype: torch.dtype, rows: int, context: int) -> tuple[Any
     return kernel, kernel.plan(num_blocks, slots, starts, lengths, tables, rows), cache
 
 
+def chunks() -> dict[str, Contenders]:
+    library, size = native.library(), 512
+    if library is None or not library.octavo_has_linear():
+        return {}
+    cases: dict[str, Contenders] = {}
+    for before in (0, 512):
+        blocks = (before + size) // BLOCK
+        cache = memory.zeros((LAYERS, 2, blocks + 1, HEADS, BLOCK, SIZE), torch.bfloat16)
+        cache.copy_(torch.randn(cache.shape[1:]).expand_as(cache))
+        table, places = np.arange(1, blocks + 1, dtype=np.int32)[None], before + np.arange(size)
+        slots = table[0, places // BLOCK].astype(np.int64) * BLOCK + places % BLOCK
+        starts, lengths = np.array([0, size], np.int32), np.array([before + size], np.int32)
+        case: dict[str, Callable[[], object]] = {}
+        for name, dtype in (("torch, flash", torch.float32), ("C, bf16", torch.bfloat16)):  # of queries, as announced
+            kernel = NativeAttention(HEADS, SIZE, BLOCK, torch.bfloat16, dtype)
+            plan = kernel.plan(blocks + 1, slots, starts, lengths, table, 0)
+            case[name] = partial(attend_layers, kernel, plan, torch.randn(size, 3 * WIDTH).bfloat16(), cache)
+        cases[f"chunk, 512 after {before}"] = case
+    return cases
+
+
+def attend_layers(kernel: NativeAttention, plan: NativePlan, qkv: torch.Tensor, cache: torch.Tensor) -> None:
+    for layer in cache:
+        kernel.attend(plan, qkv, layer, SIZE**-0.5)
+
+
 def layers() -> dict[str, Contenders]:
     blocks = [random_block() for _ in range(LAYERS)]
     whole = NativeBlocks.of(blocks, 1e-5) if native.library() is not None else None
@@ -190,12 +217,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--only", choices=["linear", "attention", "layers", "argmax"], help="default: all")
+    parser.add_argument("--only", choices=["linear", "attention", "chunks", "layers", "argmax"], help="default: all")
     parser.add_argument("--out", default=str(OUT), help='"" to write nothing')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lines: list[dict[str, Any]] = []
-    for name, cases in {"linear": linears, "attention": attentions, "layers": layers, "argmax": argmaxes}.items():
+    for name, cases in {
+        "linear": linears,
+        "attention": attentions,
+        "chunks": chunks,
+        "layers": layers,
+        "argmax": argmaxes,
+    }.items():
         if options.only in (None, name):
             for case, contenders in cases().items():
                 lines += measure(case, contenders, options.repeats)
