@@ -59,6 +59,11 @@ def test_memory_is_taken_when_written_and_goes_with_the_last_view() -> None:
     assert resident() - before < 16 * MIB
 
 
+def test_too_much_is_refused_as_torch_does() -> None:
+    with pytest.raises(RuntimeError, match="allocate"):
+        memory.zeros([1 << 50], torch.uint8)
+
+
 def test_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345, raising=False)
     assert not memory.zeros([3 * MIB], torch.uint8).any()
