@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +15,7 @@ from octavo_kernels.cpu import native
 from octavo_kernels.cpu.linear import NativeLinear
 from octavo_kernels.cpu.native_attention import NativeAttention
 
-pytestmark = [
-    pytest.mark.skipif(native.library() is None, reason=f"no C kernels: {native.why_not()}"),
-    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor"),
-]
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no C kernels: {native.why_not()}")
 PARALLEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -53,30 +49,28 @@ def seconds() -> Iterator[list[list[float]]]:
 
 
 def one_query() -> Callable[[], Any]:
-    """Two ranges of heads."""
-    blocks, size = 128, 64
-    kernel, cache = NativeAttention(16, size, 32, torch.float32), torch.randn(2, blocks + 1, 16, 32, size)
-    table, qkv = np.arange(1, blocks + 1, dtype=np.int32)[None], torch.randn(1, 48 * size)
-    slot, loc, length = np.array([blocks * 32 + 31]), np.array([0, 1], np.int32), np.array([blocks * 32], np.int32)
-    plan = kernel.plan(blocks + 1, slot, loc, length, table, 1)
+    """Two ranges of heads; a long time each, of one block over and over."""
+    kernel, cache, blocks = NativeAttention(16, 64, 32, torch.float32), torch.randn(2, 2, 16, 32, 64), 8192
+    table, qkv = np.ones((1, blocks), np.int32), torch.randn(1, 48 * 64)
+    slot, loc, length = np.array([63]), np.array([0, 1], np.int32), np.array([blocks * 32], np.int32)
+    plan = kernel.plan(2, slot, loc, length, table, 1)
     return lambda: kernel.attend(plan, qkv, cache, 0.1)
 
 
 def two_strips() -> Callable[[], Any]:
-    layer, x = NativeLinear(torch.randn(96, 4096), None, None), torch.randn(1024, 4096).bfloat16()
+    layer, x = NativeLinear(torch.randn(96, 4096), None, None), torch.randn(4096, 4096).bfloat16()
     return lambda: layer(x)
 
 
 @pytest.mark.parametrize("work", [one_query, two_strips])
 def test_no_thread_takes_all_of_two_pieces(work: Callable[[], Callable[[], Any]], seconds: list[list[float]]) -> None:
-    """Most times: a machine may let a thread wait for longer than a piece takes."""
+    """Three times of 30: a busy machine may let a thread wait for longer than a piece takes."""
     if work is two_strips and not native.loaded().octavo_has_linear():
         pytest.skip("no AVX512_BF16")
-    call = work()
-    shared = 0
-    for _ in range(100):
+    call, shared = work(), 0
+    for _ in range(30):
         call()
         shared += min(seconds[-1]) > max(seconds[-1]) / 5
-        if shared == 10:
+        if shared == 3:
             return
-    pytest.fail(f"{shared} of 100 times")
+    pytest.fail(f"{shared} of 30 times")
