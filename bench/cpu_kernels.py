@@ -144,10 +144,12 @@ def attend_layers(kernel: NativeAttention, plan: NativePlan, qkv: torch.Tensor, 
 
 
 def layers() -> dict[str, Contenders]:
-    blocks = [random_block() for _ in range(LAYERS)]
-    whole = NativeBlocks.of(blocks, 1e-5) if native.library() is not None else None
-    if whole is None:
+    library = native.library()
+    if library is None or not library.octavo_has_linear():
         return {}
+    blocks = [random_block() for _ in range(LAYERS)]
+    whole = NativeBlocks.of(blocks, 1e-5)
+    assert whole is not None
     cases: dict[str, Contenders] = {}
     for rows in (1, 4, 16, 64):
         kernel, plan, cache = planned(NativeAttention, torch.bfloat16, rows, 43)

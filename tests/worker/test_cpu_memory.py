@@ -32,6 +32,21 @@ def test_it_starts_at_a_huge_page() -> None:
     assert memory.zeros([5 * MIB], torch.float32).data_ptr() % memory.HUGE_PAGE == 0
 
 
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without them")
+def test_huge_pages_are_asked_for() -> None:
+    tensor = memory.zeros([5 * MIB], torch.float32)
+    is_ours = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            start, end = (int(place, 16) for place in first.split("-"))
+            is_ours = start <= tensor.data_ptr() < end
+        elif is_ours and first == "VmFlags:":
+            assert "hg" in rest
+            return
+    pytest.fail("the tensor is nowhere")
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_is_taken_when_written_and_goes_with_the_last_view() -> None:
     before = resident()
@@ -42,6 +57,11 @@ def test_memory_is_taken_when_written_and_goes_with_the_last_view() -> None:
     assert resident() - before > 240 * MIB
     del view
     assert resident() - before < 16 * MIB
+
+
+def test_too_much_is_refused_as_torch_does() -> None:
+    with pytest.raises(RuntimeError, match="allocate"):
+        memory.zeros([1 << 50], torch.uint8)
 
 
 def test_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:

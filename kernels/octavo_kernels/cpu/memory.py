@@ -20,11 +20,17 @@ HUGE_PAGE: Final = 2 << 20
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As torch.zeros; takes memory when it is first written, a page at a time. The pages go with the tensor."""
+    """As torch.zeros; takes memory when it is first written, a page at a time. The pages go with the tensor.
+
+    Raises RuntimeError, as torch does, if there is not so much memory.
+    """
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype)
-    pages = mmap.mmap(-1, num_bytes + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, num_bytes + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return torch.zeros(shape, dtype=dtype)
     with contextlib.suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     room = torch.frombuffer(pages, dtype=torch.uint8)

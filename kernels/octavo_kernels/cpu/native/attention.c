@@ -219,10 +219,12 @@ INLINE void attend_piece(const struct attention *a, int64_t piece, int64_t next,
 void attend_pieces(void *attention) {
     struct attention *a = attention;
     float *scores = a->scores + take(&a->next_thread) * a->cache.heads * a->scores_width;
-    int64_t next = take(&a->next_piece), end = a->queries.count * a->parts;
-    for (int64_t i; (i = next) < end;) {
-        next = take(&a->next_piece);
+    int64_t end = a->queries.count * a->parts, next;
+    for (int64_t i = take(&a->next_piece); i < end; i = next) {
+        int enough = end - i > 2 * (int64_t)a->num_threads; /* to take one ahead; else another thread would have none */
+        next = enough ? take(&a->next_piece) : end;
         attend_piece(a, i, next, scores);
+        if (!enough) next = take(&a->next_piece);
     }
 }
 
@@ -248,6 +250,7 @@ void octavo_attend(char *output, const char *qkv, int qkv_type, char *data, int 
         scores,
         scores_width,
         parts_for(num_queries, heads, num_threads),
+        num_threads,
         0,
         0,
     };

@@ -47,7 +47,9 @@ struct attention {
     int qkv_type;
     struct queries queries;
     float scale, v_scale, *scores;
-    int64_t scores_width, parts, next_piece, next_thread;
+    int64_t scores_width, parts;
+    int num_threads;
+    int64_t next_piece, next_thread;
 };
 
 /* For struct attention. */

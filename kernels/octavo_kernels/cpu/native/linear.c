@@ -124,9 +124,13 @@ void multiply_strips(void *product) {
     struct product *p = product;
     int64_t size = STRIP * p->layer.inputs, end = num_strips(&p->layer);
     struct run own = take_run(p);
-    for (int64_t strip; (strip = own.next) < end;) {
-        if (++own.next == own.end) own = take_run(p);
-        multiply_strip(p, strip, p->layer.weight + (own.next < end ? own.next : strip) * size);
+    for (int64_t strip; (strip = own.next++) < end;) {
+        int64_t left = end - __atomic_load_n(&p->next_strip, __ATOMIC_RELAXED);
+        /* Not ahead of another thread that would have none. */
+        if (own.next == own.end && left > p->num_threads) own = take_run(p);
+        int64_t ahead = own.next < own.end && own.next < end ? own.next : strip;
+        multiply_strip(p, strip, p->layer.weight + ahead * size);
+        if (own.next == own.end) own = take_run(p);
     }
 }
 

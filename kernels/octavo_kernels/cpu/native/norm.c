@@ -46,8 +46,9 @@ INLINE void normalize(const struct norm *n, int64_t r) {
 }
 
 void normalize_rows(void *norm) {
-    struct norm *shared = norm, n = *shared; /* a copy, as the counter's cache line wanders between the threads */
-    for (int64_t r; (r = ROWS * take(&shared->next_rows)) < n.num_rows;)
+    struct norm *s = norm; /* shared: its cache line wanders between the threads with the counter */
+    struct norm n = {s->to, s->x, s->weight, s->bias, s->num_rows, s->width, s->eps, 0};
+    for (int64_t r; (r = ROWS * take(&s->next_rows)) < n.num_rows;)
         for (int64_t end = r + ROWS < n.num_rows ? r + ROWS : n.num_rows; r < end; r++) normalize(&n, r);
 }
 
