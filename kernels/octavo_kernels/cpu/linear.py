@@ -9,8 +9,11 @@ Measured, gpt2-small's 49 matrices on 2 cores with AVX2 only (Zen 3), ms per pas
 Where the CPU multiplies bf16 itself (AVX512_BF16; Zen 4), ms per pass with 2 threads at 1 / 4 / 16 / 64 / 256 rows,
 by bench/cpu_kernels.py:
 
-    oneDNN bf16, packed      9.1 / 8.1 / 14.0 / 40.0 / 147      F.linear bf16     17.8 / 19.1 / 26.4 / 53.1 / 161
-    native/linear.c          6.5 / 6.9 / 12.5 / 40.1 / 149      int8 dynamic       4.5 /  4.9 /  9.7 / 27.9 / 126
+    oneDNN bf16, packed     12.7 / 13.1 / 16.5 / 42.6 / 164      F.linear bf16    16.4 / 18.6 / 25.5 / 51.1 / 172
+    native/linear.c          8.3 /  8.8 / 11.8 / 40.7 / 151      int8 dynamic      6.7 /  6.6 / 10.0 / 30.4 / 135
+
+At 64 rows that is nine tenths of what the processor multiplies when it does nothing else, at one row what its memory
+gives: that varies by the hour here, from 4.3 to 8.3 ms.
 
 Elsewhere 16-bit weights are kept as fp16 and multiplied in fp32: they fit, since bf16 has fewer mantissa bits, and
 activations lose nothing. oneDNN's fp32 product gives a row the same bits whatever the number of rows, and so does

@@ -3,13 +3,14 @@
 Measured by bench/cpu_kernels.py, ms per step of gpt2-small (12 layers, blocks of 32, 2 threads, AVX-512), rows x
 context, beside `attention.PagedAttention`, which gathers and widens first:
 
-                                 1x64   16x64   64x64   64x300
-    gathered, flash; bf16        0.69     4.6    17.7     85.9
-    this file, bf16              0.18     1.6     5.9     27.6
-    this file, fp8               0.23     1.9     6.7     32.3
+                                 1x64   16x64   64x43   64x64   64x300
+    gathered, flash; bf16        0.74     4.7    18.2    18.0     90.1
+    this file, bf16              0.14     1.4     4.9     5.5     27.3
+    this file, fp8               0.18     1.7     4.9     6.6     30.2
 
 Chunks of more than MOST_QUERIES tokens are computed in bf16 products where there are such (`native/chunks.c`), else by
-torch's flash attention. A single query's result has the same bits in any batch.
+torch's flash attention: 512 tokens after none and after 512 others take 21 and 57 ms so, 72 and 154 by torch. A single
+query's result has the same bits in any batch.
 """
 
 from __future__ import annotations
