@@ -12,8 +12,8 @@ by bench/cpu_kernels.py:
     oneDNN bf16, packed     12.7 / 13.1 / 16.5 / 42.6 / 164      F.linear bf16    16.4 / 18.6 / 25.5 / 51.1 / 172
     native/linear.c          8.3 /  8.8 / 11.8 / 40.7 / 151      int8 dynamic      6.7 /  6.6 / 10.0 / 30.4 / 135
 
-At 64 rows that is nine tenths of what the processor multiplies when it does nothing else, at one row what its memory
-gives: that varies by the hour here, from 4.3 to 8.3 ms.
+At 64 rows that is the rate of one large product (bench/step.py --parts), at one row what the memory gives, which varies
+by the hour: the run before found 6.5 ms for native/linear.c.
 
 Elsewhere 16-bit weights are kept as fp16 and multiplied in fp32: they fit, since bf16 has fewer mantissa bits, and
 activations lose nothing. oneDNN's fp32 product gives a row the same bits whatever the number of rows, and so does

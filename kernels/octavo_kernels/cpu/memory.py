@@ -3,8 +3,8 @@
 Weights and cache are read in pieces of a few kilobytes, each in a page of its own that has to be looked up, in a
 virtual machine twice. Many Linux systems lend huge pages (2 MiB) to those who ask ("madvise"). Measured by
 bench/cpu_kernels.py, gpt2's attention takes 1.43 ms with them and 1.63 with pages of 4 KiB at 16 rows of 64 tokens,
-27.3 and 28.8 at 64 rows of 300. One row's pass over the matrices took up to a third less while the machine's memory was
-fast (4.3 ms), and no less while it was slow (8.3 ms).
+27.3 and 28.8 at 64 rows of 300; a pass of one row over the matrices took as long with either in that run (8.3 ms), in
+which the machine's memory was slow.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """All layers of a step in one call of C, where all their parts are C's.
 
-Layer by layer, Python and the beginning and end of threads around each of 8 parts take 0.06 to 0.15 ms a layer: what
+Layer by layer, Python and the beginning and end of threads around each of 8 parts take 0.06 to 0.16 ms a layer: what
 Python needs is no longer in the processor's caches after so many weights. Measured by bench/cpu_kernels.py, ms for
 gpt2's 12 layers at 1 / 4 / 16 / 64 rows, one after the other and in one call: 6.0 / 6.0 / 9.8 / 32.4 and
 5.3 / 5.2 / 8.6 / 30.5.

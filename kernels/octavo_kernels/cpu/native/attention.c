@@ -108,17 +108,10 @@ INLINE void weigh(vec *output, const float *weights, const char *values, int cou
 
 /* Scores become e^(score - greatest); returns their sum. `scores` has room for a multiple of 16. */
 INLINE float soften(float *scores, int length) {
-    for (int s = length; s % LANES; s++) scores[s] = -__builtin_inff();
-    vec most = load(scores, FP32);
-    for (int s = LANES; s < length; s += LANES) {
-        vec x = load(scores + s, FP32);
-        most = choose(x > most, x, most);
-    }
-    float greatest = most[0];
-    for (int i = 1; i < LANES; i++) greatest = most[i] > greatest ? most[i] : greatest;
+    float most = greatest(scores, length);
     vec total = {0};
     for (int s = 0; s < length; s += LANES) {
-        vec weight = exponential(load(scores + s, FP32) - greatest);
+        vec weight = exponential(load(scores + s, FP32) - most);
         total += weight;
         store(scores + s, weight, FP32);
     }

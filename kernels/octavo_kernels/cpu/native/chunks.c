@@ -59,7 +59,9 @@ INLINE void pack_values(uint16_t *to, const struct cache *c, const int32_t *tabl
     }
 }
 
-/* to = x @ columns for a tile. x: [ROWS, 2 * pairs], rows `line` apart; columns: vectors `apart`, pairs `step` apart. */
+/* to = x @ columns for a tile. x: [ROWS, 2 * pairs], rows `line` apart; columns: vectors `apart`, pairs `step` apart.
+   (Tried: one loop for this and linear.c's tile, with rows and vectors as arguments. GCC 12 keeps its sums in memory, and
+   it takes twice as long.) */
 INLINE void multiply(vec to[ROWS][VECTORS], const uint16_t *x, int64_t line, const uint16_t *columns, int64_t apart,
                      int64_t step, int64_t pairs) {
     __m512 sums[ROWS][VECTORS];
@@ -81,17 +83,11 @@ INLINE void multiply(vec to[ROWS][VECTORS], const uint16_t *x, int64_t line, con
 
 /* Weights e^(scale * (score - greatest)) of a query that sees `length` tokens, zeros up to `end`; returns their sum. */
 INLINE float weigh_scores(uint16_t *weights, float *scores, int64_t length, int64_t end, float scale) {
-    for (int64_t s = length; s % LANES; s++) scores[s] = -__builtin_inff();
-    vec most = load(scores, FP32), total = {0};
-    for (int64_t s = LANES; s < length; s += LANES) {
-        vec x = load(scores + s, FP32);
-        most = choose(x > most, x, most);
-    }
-    float greatest = most[0];
-    for (int i = 1; i < LANES; i++) greatest = most[i] > greatest ? most[i] : greatest;
+    float most = greatest(scores, length);
+    vec total = {0};
     for (int64_t s = 0; s < end; s += LANES) {
         vec weight = {0};
-        if (s < length) weight = exponential((load(scores + s, FP32) - greatest) * scale);
+        if (s < length) weight = exponential((load(scores + s, FP32) - most) * scale);
         total += weight;
         store_bf16(weights + s, weight);
     }

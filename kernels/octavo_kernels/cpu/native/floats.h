@@ -143,6 +143,19 @@ INLINE float sum(vec x) {
     return total;
 }
 
+/* Of x[length], which has room for a multiple of 16: what is after its end becomes -inf. NaN is passed over. */
+INLINE float greatest(float *x, int64_t length) {
+    for (int64_t i = length; i % LANES; i++) x[i] = -__builtin_inff();
+    vec most = load(x, FP32);
+    for (int64_t i = LANES; i < length; i += LANES) {
+        vec y = load(x + i, FP32);
+        most = choose(y > most, y, most);
+    }
+    float found = most[0];
+    for (int i = 1; i < LANES; i++) found = most[i] > found ? most[i] : found;
+    return found;
+}
+
 /* e^x within 2 ulp (Cephes' polynomial); 0 below -87, inf above 88, NaN for NaN. */
 INLINE vec exponential(vec x) {
     vec bounded = choose(x > 88.0f, splat(88.0f), x);
